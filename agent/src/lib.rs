@@ -1,0 +1,1 @@
+//! The guest's PID 1 (in the making).

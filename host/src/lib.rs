@@ -1,0 +1,9 @@
+//! The host side of Cella: a sandbox is one virtual machine and the agent in it.
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | [`image`] | images: OCI layouts, archives, root file system directories, bundles; layers and their overlay mounts |
+//! | [`spec`] | the OCI runtime specification made for a plain image |
+
+pub mod image;
+pub mod spec;

@@ -1,0 +1,1 @@
+//! Everything that the process gives up before the first guest instruction.
