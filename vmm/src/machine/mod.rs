@@ -1,1 +1,3 @@
-//! (in the making)
+//! Memory, CPUs, interrupts and devices put together: the `Machine`.
+
+pub mod bus;
