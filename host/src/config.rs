@@ -74,7 +74,7 @@ impl Error {
     /// The kind of this failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Read { source, .. } => ErrorKind::of_io(source),
+            Self::Read { source, .. } => ErrorKind::from(source),
             Self::Content { .. } => ErrorKind::InvalidArgument,
         }
     }

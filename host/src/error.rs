@@ -1,43 +1,74 @@
-//! The kinds that an error keeps from where it happened to whoever asked (docs/errors.md).
+//! The kinds of errors that cross module and process borders.
 
-/// What kind of failure an error is, whichever module it comes from. The words are those of gRPC's status codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use std::fmt;
+
+/// What sort of failure an error is: what a caller can do about it. Maps one to one to the ttrpc and
+/// gRPC status codes of the same names, so that a kind survives from where it arises to the door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ErrorKind {
-    /// What was asked for does not exist.
+    /// What was named does not exist.
     NotFound,
-    /// The id is in use.
+    /// What was to be made exists already.
     AlreadyExists,
-    /// The system is not in the state that the call needs.
+    /// The request is well formed, but the state of the host or of the object does not allow it.
     FailedPrecondition,
-    /// The caller's input is wrong, whatever the state.
+    /// The request, or a file that it names, is wrong in itself; trying again cannot help.
     InvalidArgument,
-    /// A limit is reached: memory, descriptors, space.
+    /// A limit was reached: memory, disk space, file descriptors, or a cap of Cella's own.
     ResourceExhausted,
-    /// The other side is gone; trying again may help.
+    /// The other side is not there now; trying again may help.
     Unavailable,
-    /// It took longer than allowed.
+    /// It took longer than it was allowed to.
     DeadlineExceeded,
-    /// Cella does not do this.
+    /// Well formed and sensible, but not supported.
     Unimplemented,
-    /// Anything else: a failing host, a bug.
+    /// A fault of Cella or of the system below it.
     Internal,
 }
 
 impl ErrorKind {
-    /// The kind of a failed system call.
-    pub fn of_io(error: &std::io::Error) -> Self {
+    /// The name of the kind as users see it in JSON and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotFound => "NotFound",
+            Self::AlreadyExists => "AlreadyExists",
+            Self::FailedPrecondition => "FailedPrecondition",
+            Self::InvalidArgument => "InvalidArgument",
+            Self::ResourceExhausted => "ResourceExhausted",
+            Self::Unavailable => "Unavailable",
+            Self::DeadlineExceeded => "DeadlineExceeded",
+            Self::Unimplemented => "Unimplemented",
+            Self::Internal => "Internal",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl From<&std::io::Error> for ErrorKind {
+    /// The kind of a system call's failure, for want of better knowledge of what was tried.
+    fn from(error: &std::io::Error) -> Self {
         use std::io::ErrorKind as Io;
         match error.kind() {
             Io::NotFound => Self::NotFound,
-            Io::AlreadyExists | Io::AddrInUse => Self::AlreadyExists,
-            Io::InvalidInput | Io::InvalidData => Self::InvalidArgument,
-            Io::OutOfMemory | Io::StorageFull | Io::QuotaExceeded => Self::ResourceExhausted,
-            Io::ConnectionRefused | Io::ConnectionReset | Io::BrokenPipe | Io::UnexpectedEof => {
+            Io::AlreadyExists => Self::AlreadyExists,
+            Io::PermissionDenied | Io::ReadOnlyFilesystem | Io::ResourceBusy => {
+                Self::FailedPrecondition
+            }
+            Io::StorageFull | Io::QuotaExceeded | Io::OutOfMemory => Self::ResourceExhausted,
+            Io::TimedOut => Self::DeadlineExceeded,
+            Io::ConnectionRefused | Io::ConnectionReset | Io::BrokenPipe | Io::NotConnected => {
                 Self::Unavailable
             }
-            Io::TimedOut => Self::DeadlineExceeded,
-            Io::Unsupported => Self::Unimplemented,
-            _ => Self::Internal,
+            _ => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE) => Self::ResourceExhausted,
+                _ => Self::Internal,
+            },
         }
     }
 }
@@ -48,7 +79,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     let mut next = error.source();
     while let Some(cause) = next {
         let text = cause.to_string();
-        // Some crates repeat their cause in their own message.
+        // Some errors repeat their cause in their own message.
         if !line.ends_with(&text) {
             line.push_str(": ");
             line.push_str(&text);

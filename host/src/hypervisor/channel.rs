@@ -40,7 +40,8 @@ impl Channel {
     /// Takes the door's end of a connected SOCK_SEQPACKET pair.
     pub(super) fn new(id: &str, socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let socket = Arc::new(AsyncFd::register(socket)?);
+        let socket = // SAFETY: the AsyncFd owns the descriptor, so it stays open for as long as it is registered.
+        let socket = Arc::new(unsafe { AsyncFd::register(socket) }?);
         let waiters = Waiters::default();
         let (ended_tx, ended) = watch::channel(None);
         let (started_tx, started) = watch::channel(None);

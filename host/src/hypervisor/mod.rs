@@ -95,7 +95,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. } => ErrorKind::FailedPrecondition,
-            Self::Host { source, .. } => ErrorKind::of_io(source),
+            Self::Host { source, .. } => ErrorKind::from(source),
             Self::Refused { kind, .. } => *kind,
             Self::Gone { .. } => ErrorKind::Unavailable,
         }

@@ -65,7 +65,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::State { kind, .. } | Self::Agent { kind, .. } => *kind,
-            Self::Host { source, .. } => ErrorKind::of_io(source),
+            Self::Host { source, .. } => ErrorKind::from(source),
             Self::Start {
                 failure: StartFailure::NotFound,
                 ..
