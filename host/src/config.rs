@@ -98,7 +98,10 @@ impl Config {
             .into_iter()
             .flatten()
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "toml")
+            })
             .collect();
         drop_ins.sort();
         for path in drop_ins {
@@ -171,12 +174,21 @@ mod tests {
     fn unknown_keys_and_wrong_values_name_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let main = dir.path().join("config.toml");
-        for text in ["memry = \"1G\"", "memory = \"lots\"", "hypervisor = \"xen\"", "cpus = -1", "="] {
+        for text in [
+            "memry = \"1G\"",
+            "memory = \"lots\"",
+            "hypervisor = \"xen\"",
+            "cpus = -1",
+            "=",
+        ] {
             fs::write(&main, text).unwrap();
             let error = Config::load(&paths(&main)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{text}");
             let message = error.to_string();
-            assert!(message.contains("config.toml") && !message.contains('\n'), "{message}");
+            assert!(
+                message.contains("config.toml") && !message.contains('\n'),
+                "{message}"
+            );
         }
         assert!(Config::load(&paths(&dir.path().join("none"))).is_err());
     }

@@ -59,7 +59,9 @@ impl Record {
         if !is_valid_id(id) {
             return Err(Error::state(
                 ErrorKind::InvalidArgument,
-                format!("'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"),
+                format!(
+                    "'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"
+                ),
             ));
         }
         Ok(Self {

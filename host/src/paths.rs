@@ -7,16 +7,43 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, clap::Args)]
 pub struct Paths {
     /// Sandboxes that exist: sockets, mounts, state
-    #[arg(long, env = "CELLA_RUN_DIR", default_value = "/run/cella", global = true, value_name = "DIR", help_heading = "Paths")]
+    #[arg(
+        long,
+        env = "CELLA_RUN_DIR",
+        default_value = "/run/cella",
+        global = true,
+        value_name = "DIR",
+        help_heading = "Paths"
+    )]
     pub run_dir: PathBuf,
     /// Unpacked images and what containers write
-    #[arg(long, env = "CELLA_LIB_DIR", default_value = "/var/lib/cella", global = true, value_name = "DIR", help_heading = "Paths")]
+    #[arg(
+        long,
+        env = "CELLA_LIB_DIR",
+        default_value = "/var/lib/cella",
+        global = true,
+        value_name = "DIR",
+        help_heading = "Paths"
+    )]
     pub lib_dir: PathBuf,
     /// cella-vmm, the guest kernel (vmlinux) and the guest image (initrd.cpio)
-    #[arg(long, env = "CELLA_LIBEXEC_DIR", default_value = "/usr/libexec/cella", global = true, value_name = "DIR", help_heading = "Paths")]
+    #[arg(
+        long,
+        env = "CELLA_LIBEXEC_DIR",
+        default_value = "/usr/libexec/cella",
+        global = true,
+        value_name = "DIR",
+        help_heading = "Paths"
+    )]
     pub libexec_dir: PathBuf,
     /// Configuration file [default: /etc/cella/config.toml if it exists]
-    #[arg(long, env = "CELLA_CONFIG", global = true, value_name = "FILE", help_heading = "Paths")]
+    #[arg(
+        long,
+        env = "CELLA_CONFIG",
+        global = true,
+        value_name = "FILE",
+        help_heading = "Paths"
+    )]
     pub config: Option<PathBuf>,
 }
 
@@ -71,7 +98,17 @@ mod tests {
         for id in ["a", "demo", "0f.x-y_z", &"a".repeat(76)] {
             assert!(is_valid_id(id), "{id}");
         }
-        for id in ["", ".", "..", "-x", "a/b", "a b", "ä", "a\0", &"a".repeat(77)] {
+        for id in [
+            "",
+            ".",
+            "..",
+            "-x",
+            "a/b",
+            "a b",
+            "ä",
+            "a\0",
+            &"a".repeat(77),
+        ] {
             assert!(!is_valid_id(id), "{id}");
         }
     }

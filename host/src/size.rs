@@ -34,7 +34,15 @@ mod tests {
         assert_eq!(parse("128M"), Ok(128 << 20));
         assert_eq!(parse("2GiB"), Ok(2 << 30));
         assert_eq!(parse("4096"), Ok(4096));
-        for wrong in ["", "M", "-1M", "1.5G", "12Q", "99999999999999999999", "17000000T"] {
+        for wrong in [
+            "",
+            "M",
+            "-1M",
+            "1.5G",
+            "12Q",
+            "99999999999999999999",
+            "17000000T",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -78,9 +78,9 @@ impl Timeline {
     pub fn phases(&self) -> Vec<Phase> {
         let moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);
         let at = |name: &str| {
-            let exact = moments.iter().find(|(moment, _)| {
-                moment.strip_suffix("-exact") == Some(name)
-            });
+            let exact = moments
+                .iter()
+                .find(|(moment, _)| moment.strip_suffix("-exact") == Some(name));
             exact
                 .or_else(|| moments.iter().find(|(moment, _)| *moment == name))
                 .map(|(_, us)| *us)
@@ -183,6 +183,9 @@ mod tests {
         timeline.mark("image-ready");
         timeline.mark("first-output");
         let svg = picture::svg(&timeline.phases());
-        assert!(svg.starts_with("<svg") && svg.contains("to first output"), "{svg}");
+        assert!(
+            svg.starts_with("<svg") && svg.contains("to first output"),
+            "{svg}"
+        );
     }
 }

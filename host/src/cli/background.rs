@@ -66,7 +66,9 @@ pub fn spawn(arguments: &[OsString], environment: &[(&str, &str)]) -> Result<(),
         .split_once('\n')
         .and_then(|(status, message)| Some((status.parse().ok()?, message.to_owned())))
         .unwrap_or_else(|| {
-            let end = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+            let end = child
+                .wait()
+                .map_or_else(|e| e.to_string(), |s| s.to_string());
             (super::EXIT_FAILURE, format!("{action}: it died: {end}"))
         });
     let _ = child.wait();

@@ -31,7 +31,10 @@ pub fn main(context: &Context, args: &Args) -> Result<u8, Error> {
     let items = items(context);
     let can_run = items.iter().all(|item| item.ok || !item.required);
     if args.json {
-        println!("{}", serde_json::json!({ "can_run": can_run, "items": items }));
+        println!(
+            "{}",
+            serde_json::json!({ "can_run": can_run, "items": items })
+        );
     } else {
         for item in &items {
             let mark = match (item.ok, item.required) {
@@ -41,10 +44,13 @@ pub fn main(context: &Context, args: &Args) -> Result<u8, Error> {
             };
             println!("{mark}  {:<22} {}", item.name, item.detail);
         }
-        println!("{}", match can_run {
-            true => "A sandbox can run here.",
-            false => "No sandbox can run here.",
-        });
+        println!(
+            "{}",
+            match can_run {
+                true => "A sandbox can run here.",
+                false => "No sandbox can run here.",
+            }
+        );
     }
     Ok(if can_run { 0 } else { super::EXIT_FAILURE })
 }
@@ -99,7 +105,10 @@ fn hardware() -> Item {
         .find(|word| matches!(*word, "vmx" | "svm"));
     let answer = match found {
         Some(flag) => Ok(format!("{flag}: guests run at full speed")),
-        None => Err("neither vmx nor svm: if /dev/kvm works, the guest's kernel is emulated and slow".into()),
+        None => Err(
+            "neither vmx nor svm: if /dev/kvm works, the guest's kernel is emulated and slow"
+                .into(),
+        ),
     };
     result("hardware virtualization", false, answer)
 }
@@ -133,7 +142,9 @@ fn filesystem(name: &str) -> Result<String, String> {
     let known = std::fs::read_to_string("/proc/filesystems").map_err(|e| e.to_string())?;
     match known.split_whitespace().any(|word| word == name) {
         true => Ok("there".into()),
-        false => Err(format!("the kernel does not know {name} (its module may load on demand)")),
+        false => Err(format!(
+            "the kernel does not know {name} (its module may load on demand)"
+        )),
     }
 }
 

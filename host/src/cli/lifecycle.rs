@@ -131,7 +131,10 @@ async fn stop_container(
     }
     Err(Error::Usage {
         kind: ErrorKind::DeadlineExceeded,
-        message: format!("container {} was killed, but its end was not reported", record.id()),
+        message: format!(
+            "container {} was killed, but its end was not reported",
+            record.id()
+        ),
     })
 }
 
@@ -151,7 +154,11 @@ async fn stop_pod(context: &Context, dir: &SandboxDir, timeout: Duration) -> Res
     });
     gone.await.map_err(|_| Error::Usage {
         kind: ErrorKind::DeadlineExceeded,
-        message: format!("pod {}: its owner, process {}, does not end", dir.id(), owner.pid),
+        message: format!(
+            "pod {}: its owner, process {}, does not end",
+            dir.id(),
+            owner.pid
+        ),
     })
 }
 
@@ -210,7 +217,13 @@ mod tests {
 
     #[test]
     fn signals_by_name_and_number() {
-        for (text, number) in [("KILL", 9), ("sigterm", 15), ("HUP", 1), ("SYS", 31), ("34", 34)] {
+        for (text, number) in [
+            ("KILL", 9),
+            ("sigterm", 15),
+            ("HUP", 1),
+            ("SYS", 31),
+            ("34", 34),
+        ] {
             assert_eq!(signal_number(text).unwrap(), number);
         }
         for wrong in ["", "0", "65", "SIG", "NOPE", "-9"] {

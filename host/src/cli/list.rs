@@ -96,7 +96,9 @@ fn table(listing: &Listing) -> String {
     }
     let lines = rows.iter().map(|row| {
         let cells = row.iter().zip(widths);
-        let line: String = cells.map(|(cell, width)| format!("{cell:width$}  ")).collect();
+        let line: String = cells
+            .map(|(cell, width)| format!("{cell:width$}  "))
+            .collect();
         format!("{}\n", line.trim_end())
     });
     lines.collect()

@@ -15,7 +15,9 @@ const MAX_TEXT: usize = 16 * 1024;
 
 /// Show what a detached container wrote
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  cella run -d --name job oci:busybox -- echo hello\n  cella logs job")]
+#[command(
+    after_help = "Example:\n  cella run -d --name job oci:busybox -- echo hello\n  cella logs job"
+)]
 pub struct Args {
     /// The container
     id: String,
@@ -143,7 +145,11 @@ fn civil(days: i64) -> (i64, i64, i64) {
     let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let from_march = (5 * of_year + 2) / 153;
     let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    let month = if from_march < 10 {
+        from_march + 3
+    } else {
+        from_march - 9
+    };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     (year, month, day)
 }
@@ -158,7 +164,11 @@ pub fn main(context: &Context, args: &Args) -> Result<u8, Error> {
     let mut line = Vec::new();
     loop {
         line.clear();
-        if reader.read_until(b'\n', &mut line).map_err(|e| Error::host(action(), e))? == 0 {
+        if reader
+            .read_until(b'\n', &mut line)
+            .map_err(|e| Error::host(action(), e))?
+            == 0
+        {
             return Ok(0);
         }
         let shown = match parse(&line) {
@@ -175,7 +185,10 @@ pub fn main(context: &Context, args: &Args) -> Result<u8, Error> {
 
 /// A log line's stream and text, with its newline if it was a full one.
 fn parse(line: &[u8]) -> Option<(Stream, Vec<u8>)> {
-    let mut fields = line.strip_suffix(b"\n").unwrap_or(line).splitn(4, |b| *b == b' ');
+    let mut fields = line
+        .strip_suffix(b"\n")
+        .unwrap_or(line)
+        .splitn(4, |b| *b == b' ');
     let _time = fields.next()?;
     let stream = match fields.next()? {
         b"stdout" => Stream::Stdout,
@@ -230,7 +243,10 @@ mod tests {
             parse(b"2026-01-01T00:00:00.000000000Z stderr F a b \n"),
             Some((Stream::Stderr, b"a b \n".to_vec()))
         );
-        assert_eq!(parse(b"x stdout P a\n"), Some((Stream::Stdout, b"a".to_vec())));
+        assert_eq!(
+            parse(b"x stdout P a\n"),
+            Some((Stream::Stdout, b"a".to_vec()))
+        );
         assert_eq!(parse(b"nonsense\n"), None);
     }
 

@@ -13,6 +13,7 @@ mod logs;
 mod pod;
 mod run;
 mod session;
+mod source;
 mod stats;
 mod streams;
 mod terminal;
@@ -136,10 +137,14 @@ impl Error {
 
     fn status(&self) -> u8 {
         match self {
-            Self::Sandbox(error) => error.start_failure().map_or(EXIT_FAILURE, |failure| match failure {
-                sandbox::StartFailure::NotFound => EXIT_NOT_FOUND,
-                sandbox::StartFailure::NotExecutable => EXIT_NOT_EXECUTABLE,
-            }),
+            Self::Sandbox(error) => {
+                error
+                    .start_failure()
+                    .map_or(EXIT_FAILURE, |failure| match failure {
+                        sandbox::StartFailure::NotFound => EXIT_NOT_FOUND,
+                        sandbox::StartFailure::NotExecutable => EXIT_NOT_EXECUTABLE,
+                    })
+            }
             Self::Background { status, .. } => *status,
             _ => EXIT_FAILURE,
         }
@@ -154,6 +159,7 @@ struct Context {
 
 /// Runs the command that `arguments` ask for, and gives its exit status. Errors go to stderr as one line.
 pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
+    background::adopt();
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {

@@ -60,7 +60,9 @@ pub async fn boot(
     }
     let vcpus = machine.cpus.unwrap_or(config.cpus);
     if !(1..=32).contains(&vcpus) {
-        return Err(Error::usage(format!("a sandbox has 1 to 32 CPUs, not {vcpus}")));
+        return Err(Error::usage(format!(
+            "a sandbox has 1 to 32 CPUs, not {vcpus}"
+        )));
     }
     let spec = SandboxSpec {
         pod,
@@ -94,8 +96,8 @@ pub async fn join(context: &Context, id: &str, machine: &MachineArgs) -> Result<
 pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     use tokio::signal::unix::{SignalKind, signal};
     let config = Config::load(&context.paths)?;
-    let mut term = signal(SignalKind::terminate())
-        .map_err(|e| Error::host("watching for signals", e))?;
+    let mut term =
+        signal(SignalKind::terminate()).map_err(|e| Error::host("watching for signals", e))?;
     let timeline = Timeline::new();
     let sandbox = boot(context, &config, &args.id, true, &args.machine, &timeline).await?;
     background::report_ready();

@@ -7,11 +7,11 @@ use cella_proto::agent::Exit;
 use oci_spec::runtime::Spec;
 
 use super::session::{Session, wanted};
+use super::source::Source;
 use super::streams::Output;
 use super::{Context, Error, background, pod, with_runtime};
 use crate::config::Config;
 use crate::container::{self, Record};
-use crate::image::{ImageRef, Prepared, Store};
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::state::{ContainerState, ProcessId, Status, now};
 use crate::sandbox::stdio::{self, Streams};
@@ -72,7 +72,9 @@ pub fn main(context: &Context, mut args: Args) -> Result<u8, Error> {
     };
     if args.detach && !background::is_background() {
         if args.interactive {
-            return Err(Error::usage("-i and -d exclude each other: nobody is there to type"));
+            return Err(Error::usage(
+                "-i and -d exclude each other: nobody is there to type",
+            ));
         }
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
         background::spawn(&arguments, &[(NAME, &id)])?;
@@ -119,11 +121,13 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
         });
     }
     let config = Config::load(&context.paths)?;
-    let reference: ImageRef = args.image.parse()?;
     let volumes = args.volume.iter().map(|text| volume::parse(text));
     let volumes = volumes.collect::<Result<Vec<_>, _>>()?;
+    let sandbox_id = args.pod.as_deref().unwrap_or(id);
     let mut cleanup = Cleanup::new(Record::create(&context.paths, id)?);
-    let image = Store::open(&context.paths.lib_dir)?.prepare(&reference)?;
+    let state = state(args, id, sandbox_id);
+    cleanup.record.write(&state)?;
+    let source = Source::prepare(&context.paths, &args.image)?;
     timeline.mark("image-ready");
     let sandbox = match &args.pod {
         Some(pod) => pod::join(context, pod, &args.machine).await?,
@@ -131,13 +135,12 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     };
     cleanup.dir = Some(sandbox.dir().clone());
     let container = Container {
-        context,
         args,
         id,
         sandbox: &sandbox,
         record: &cleanup.record,
     };
-    let outcome = container.run(&image, volumes, &timeline).await;
+    let outcome = container.run(state, &source, volumes, &timeline).await;
     if let Some(file) = &args.timeline {
         timeline
             .write(file)
@@ -145,7 +148,6 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     }
     let exit = outcome?;
     let status = u8::try_from(exit.exit_status).unwrap_or(super::EXIT_FAILURE);
-    drop(image);
     sandbox.stop().await?;
     cleanup.keep_record = args.detach;
     cleanup.finish()?;
@@ -153,7 +155,6 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
 }
 
 struct Container<'a> {
-    context: &'a Context,
     args: &'a Args,
     id: &'a str,
     sandbox: &'a Sandbox,
@@ -163,13 +164,17 @@ struct Container<'a> {
 impl Container<'_> {
     async fn run(
         &self,
-        image: &Prepared,
+        mut state: ContainerState,
+        source: &Source,
         volumes: Vec<oci_spec::runtime::Mount>,
         timeline: &Arc<Timeline>,
     ) -> Result<Exit, Error> {
-        let spec = self.spec(image, volumes)?;
+        let spec = self.spec(source, volumes)?;
         self.record.write_spec(&spec)?;
-        let mut state = self.state(&spec);
+        let process = spec.process().as_ref();
+        state.command = process
+            .and_then(|process| process.args().clone())
+            .unwrap_or_default();
         self.record.write(&state)?;
         let streams = self.create(&spec).await?;
         timeline.mark("created");
@@ -205,16 +210,13 @@ impl Container<'_> {
     }
 
     /// The container's OCI spec, with the guest's paths, its root file system and volumes in their places.
-    fn spec(
-        &self,
-        image: &Prepared,
-        volumes: Vec<oci_spec::runtime::Mount>,
-    ) -> Result<Spec, Error> {
+    fn spec(&self, source: &Source, volumes: Vec<oci_spec::runtime::Mount>) -> Result<Spec, Error> {
         let dir = self.sandbox.dir();
         let rootfs = dir.container_share(self.id).join("rootfs");
-        std::fs::create_dir_all(&rootfs)
-            .map_err(|e| Error::host(format!("making {}", rootfs.display()), e))?;
-        image.mount(&rootfs, &dir.container_scratch(self.id))?;
+        let share = dir.container_share(self.id);
+        std::fs::create_dir_all(&share)
+            .map_err(|e| Error::host(format!("making {}", share.display()), e))?;
+        source.mount(&rootfs, &dir.container_scratch(self.id))?;
         let options = SpecOptions {
             command: self.args.command.clone(),
             env: self.args.env.clone(),
@@ -222,7 +224,7 @@ impl Container<'_> {
             mounts: volumes,
             ..SpecOptions::default()
         };
-        let mut spec = image.spec(&options, &rootfs)?;
+        let mut spec = source.spec(&options, &rootfs)?;
         volume::share(dir, self.id, &mut spec)?;
         Ok(spec)
     }
@@ -234,19 +236,19 @@ impl Container<'_> {
         let (_, streams) = tokio::try_join!(create, pending.accept())?;
         Ok(streams)
     }
+}
 
-    fn state(&self, spec: &Spec) -> ContainerState {
-        let process = spec.process().as_ref();
-        ContainerState {
-            id: self.id.to_owned(),
-            sandbox: self.sandbox.dir().id().to_owned(),
-            image: self.args.image.clone(),
-            command: process.and_then(|p| p.args().clone()).unwrap_or_default(),
-            status: Status::Created,
-            detached: self.args.detach,
-            runner: ProcessId::own(),
-            created: now(),
-        }
+/// A container that is about to be made.
+fn state(args: &Args, id: &str, sandbox: &str) -> ContainerState {
+    ContainerState {
+        id: id.to_owned(),
+        sandbox: sandbox.to_owned(),
+        image: args.image.clone(),
+        command: args.command.clone(),
+        status: Status::Created,
+        detached: args.detach,
+        runner: ProcessId::own(),
+        created: now(),
     }
 }
 

@@ -40,7 +40,10 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
         println!("{json}");
     } else {
         println!("cpu       {:.3} s", stats.cpu_usage_usec as f64 / 1e6);
-        println!("memory    {:.1} MiB", stats.memory_current as f64 / f64::from(1 << 20));
+        println!(
+            "memory    {:.1} MiB",
+            stats.memory_current as f64 / f64::from(1 << 20)
+        );
         println!("processes {}", stats.pids_current);
     }
     Ok(0)

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use super::logs::{LogWriter, Stream};
 use super::Error;
+use super::logs::{LogWriter, Stream};
 use crate::sandbox::stdio::Streams;
 use crate::timeline::Timeline;
 

@@ -40,7 +40,7 @@ impl Channel {
     /// Takes the door's end of a connected SOCK_SEQPACKET pair.
     pub(super) fn new(id: &str, socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let socket = // SAFETY: the AsyncFd owns the descriptor, so it stays open for as long as it is registered.
+        // SAFETY: the AsyncFd owns the descriptor, so it stays open for as long as it is registered.
         let socket = Arc::new(unsafe { AsyncFd::register(socket) }?);
         let waiters = Waiters::default();
         let (ended_tx, ended) = watch::channel(None);
@@ -84,7 +84,10 @@ impl Channel {
             lock(&self.waiters).remove(&id);
             return Err(match self.ended.borrow().clone() {
                 Some(ended) => self.gone(&ended),
-                None => Error::host(format!("sending a request to the VMM of {}", self.id), source),
+                None => Error::host(
+                    format!("sending a request to the VMM of {}", self.id),
+                    source,
+                ),
             });
         }
         match receiver.await {
@@ -176,7 +179,11 @@ async fn read_replies(
     loop {
         let read = socket
             .async_io(Interest::READABLE, |socket| {
-                Ok(rustix::net::recv(socket.as_fd(), &mut packet[..], RecvFlags::empty())?)
+                Ok(rustix::net::recv(
+                    socket.as_fd(),
+                    &mut packet[..],
+                    RecvFlags::empty(),
+                )?)
             })
             .await;
         let len = match read {

@@ -254,8 +254,8 @@ fn spawn(spec: &VmSpec) -> Result<(KvmVm, Option<File>), Error> {
         None,
     )
     .map_err(|e| Error::host(action(), e))?;
-    let (pid_read, pid_write) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| Error::host(action(), e))?;
+    let (pid_read, pid_write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|e| Error::host(action(), e))?;
     let mut first = command(spec, theirs.as_raw_fd(), pid_write.as_raw_fd())
         .spawn()
         .map_err(|source| Error::Missing {
@@ -272,7 +272,9 @@ fn spawn(spec: &VmSpec) -> Result<(KvmVm, Option<File>), Error> {
         return Err(Error::Refused {
             id: spec.id.clone(),
             kind: crate::error::ErrorKind::FailedPrecondition,
-            message: format!("it ended before its jail was closed ({status}); see its message above"),
+            message: format!(
+                "it ended before its jail was closed ({status}); see its message above"
+            ),
         });
     };
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())

@@ -1,7 +1,7 @@
 //! The hypervisor behind one narrow trait: how a sandbox's virtual machine comes to be and ends.
 
-pub mod kvm;
 mod channel;
+pub mod kvm;
 
 use std::fs::File;
 use std::path::PathBuf;

@@ -99,11 +99,7 @@ impl Agent {
             .await
     }
 
-    async fn until<T>(
-        &self,
-        action: &str,
-        pick: impl Fn(&Seen) -> Option<T>,
-    ) -> Result<T, Error> {
+    async fn until<T>(&self, action: &str, pick: impl Fn(&Seen) -> Option<T>) -> Result<T, Error> {
         let mut seen = self.seen.clone();
         let found = seen
             .wait_for(|seen| pick(seen).is_some() || seen.lost.is_some())
@@ -150,7 +146,10 @@ pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
     // Byte by byte: what follows the line belongs to the stream. "OK 4294967295\n" is the longest answer.
     let mut line = Vec::with_capacity(16);
     loop {
-        let byte = stream.read_u8().await.map_err(|e| Error::host(action(), e))?;
+        let byte = stream
+            .read_u8()
+            .await
+            .map_err(|e| Error::host(action(), e))?;
         match byte {
             b'\n' if line.starts_with(b"OK ") => return Ok(stream),
             b'\n' => break,
@@ -160,6 +159,9 @@ pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
     }
     Err(Error::host(
         action(),
-        io::Error::new(io::ErrorKind::InvalidData, "the VMM answered something else than OK"),
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the VMM answered something else than OK",
+        ),
     ))
 }

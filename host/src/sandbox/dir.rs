@@ -48,7 +48,9 @@ impl SandboxDir {
         if !is_valid_id(id) {
             return Err(Error::state(
                 ErrorKind::InvalidArgument,
-                format!("'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"),
+                format!(
+                    "'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"
+                ),
             ));
         }
         Ok(Self {
@@ -288,9 +290,16 @@ pub fn unmount_below(path: &Path) -> Result<(), Error> {
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash (proc(5)).
 fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(field.to_owned(), |text, (escape, plain)| {
+        text.replace(escape, plain)
+    })
 }
 
 /// Opens a unix socket's path to the VMM's user, which reaches it through its jail alone.

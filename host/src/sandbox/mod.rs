@@ -203,7 +203,12 @@ impl Sandbox {
             ..Default::default()
         };
         let created = self
-            .guard_start(self.agent.client().create_container(Context::default(), &request), action)
+            .guard_start(
+                self.agent
+                    .client()
+                    .create_container(Context::default(), &request),
+                action,
+            )
             .await?;
         Ok(created.pid)
     }
@@ -227,9 +232,12 @@ impl Sandbox {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.guard_start(self.agent.client().exec(Context::default(), &request), action)
-            .await
-            .map(drop)
+        self.guard_start(
+            self.agent.client().exec(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
     }
 
     /// Starts a created container (`exec` empty) or process.
@@ -240,7 +248,10 @@ impl Sandbox {
         let action = || format!("starting {}", name(id, exec));
         let request = process_ref(id, exec);
         let started = self
-            .guard_start(self.agent.client().start(Context::default(), &request), action)
+            .guard_start(
+                self.agent.client().start(Context::default(), &request),
+                action,
+            )
             .await?;
         Ok(started.pid)
     }
@@ -258,9 +269,12 @@ impl Sandbox {
             ..Default::default()
         };
         let action = || format!("sending signal {signal} to {}", name(id, exec));
-        self.guard(self.agent.client().signal(Context::default(), &request), action)
-            .await
-            .map(drop)
+        self.guard(
+            self.agent.client().signal(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
     }
 
     /// Waits for the end of a container's init (`exec` empty) or of another process.
@@ -293,9 +307,12 @@ impl Sandbox {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(), Error> {
         let action = || format!("deleting {}", name(id, exec));
         let request = process_ref(id, exec);
-        self.guard(self.agent.client().delete(Context::default(), &request), action)
-            .await
-            .map(drop)
+        self.guard(
+            self.agent.client().delete(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
     }
 
     /// Changes a terminal's size.
@@ -312,7 +329,9 @@ impl Sandbox {
         };
         let action = || format!("resizing the terminal of {}", name(id, exec));
         self.guard(
-            self.agent.client().resize_terminal(Context::default(), &request),
+            self.agent
+                .client()
+                .resize_terminal(Context::default(), &request),
             action,
         )
         .await
@@ -329,8 +348,11 @@ impl Sandbox {
             ..Default::default()
         };
         let action = || format!("reading the statistics of container {id}");
-        self.guard(self.agent.client().stats(Context::default(), &request), action)
-            .await
+        self.guard(
+            self.agent.client().stats(Context::default(), &request),
+            action,
+        )
+        .await
     }
 
     /// Facts of the guest and its agent.
@@ -340,7 +362,9 @@ impl Sandbox {
     pub async fn info(&self) -> Result<InfoResponse, Error> {
         let action = || "asking the agent for its facts".to_owned();
         self.guard(
-            self.agent.client().info(Context::default(), &Default::default()),
+            self.agent
+                .client()
+                .info(Context::default(), &Default::default()),
             action,
         )
         .await
@@ -378,7 +402,11 @@ impl Sandbox {
         };
         let request = Default::default();
         let asked = async {
-            let _ = self.agent.client().shutdown(Context::default(), &request).await;
+            let _ = self
+                .agent
+                .client()
+                .shutdown(Context::default(), &request)
+                .await;
             owned.vm.wait().await
         };
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, asked).await.is_err() {

@@ -103,13 +103,13 @@ impl Pending {
             })
             .map_err(|e| Error::host(action(), e))?;
         let mut streams = Streams::default();
-        let mut missing = 1 + usize::from(self.stdin.is_some()) + usize::from(self.stderr.is_some());
+        let mut missing =
+            1 + usize::from(self.stdin.is_some()) + usize::from(self.stderr.is_some());
         let mut strangers = 0;
         while missing > 0 {
-            let (mut stream, _) = listener
-                .accept()
-                .await
-                .map_err(|e| Error::host(format!("accepting streams at {}", self.path.display()), e))?;
+            let (mut stream, _) = listener.accept().await.map_err(|e| {
+                Error::host(format!("accepting streams at {}", self.path.display()), e)
+            })?;
             let mut shown = [0; TOKEN];
             let slot = match stream.read_exact(&mut shown).await {
                 Ok(_) => self.slot(&shown, &mut streams),

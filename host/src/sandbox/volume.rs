@@ -28,7 +28,10 @@ pub fn share(dir: &SandboxDir, id: &str, spec: &mut Spec) -> Result<(), Error> {
     if let Some(root) = spec.root_mut() {
         root.set_path(in_guest.join("rootfs"));
     }
-    let mounts = spec.mounts_mut().as_mut().map_or(&mut [][..], Vec::as_mut_slice);
+    let mounts = spec
+        .mounts_mut()
+        .as_mut()
+        .map_or(&mut [][..], Vec::as_mut_slice);
     let binds = mounts.iter_mut().filter(|mount| is_bind(mount));
     for (index, mount) in binds.enumerate() {
         if index >= MAX_VOLUMES {
@@ -80,7 +83,9 @@ pub fn parse(volume: &str) -> Result<Mount, Error> {
 }
 
 fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind")
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
 }
 
 fn has_option(mount: &Mount, option: &str) -> bool {
@@ -90,12 +95,14 @@ fn has_option(mount: &Mount, option: &str) -> bool {
 
 /// Binds `source`, a directory or a file, at `target`, which is made. Read-only is enforced here too: the guest is
 /// not trusted to keep it.
-fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
+///
+/// # Errors
+/// `InvalidArgument`: the source does not exist.
+pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
     let action = || format!("sharing {} with the guest", source.display());
     let host = |e: std::io::Error| Error::host(action(), e);
-    let meta = fs::metadata(source).map_err(|e| {
-        Error::state(ErrorKind::InvalidArgument, format!("{}: {e}", action()))
-    })?;
+    let meta = fs::metadata(source)
+        .map_err(|e| Error::state(ErrorKind::InvalidArgument, format!("{}: {e}", action())))?;
     let parent = target.parent().unwrap_or(target);
     fs::create_dir_all(parent).map_err(host)?;
     if meta.is_dir() {
@@ -154,7 +161,14 @@ mod tests {
         assert_eq!(mount.destination(), Path::new("/data"));
         assert!(has_option(&mount, "ro"));
         assert!(has_option(&parse("/tmp:/data").unwrap(), "rw"));
-        for wrong in ["/tmp", "/tmp:data", "/nonexistent-x:/d", "/tmp:/d:rx", "/tmp:/d:ro:x", ""] {
+        for wrong in [
+            "/tmp",
+            "/tmp:data",
+            "/nonexistent-x:/d",
+            "/tmp:/d:rx",
+            "/tmp:/d:ro:x",
+            "",
+        ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{wrong}");
         }

@@ -117,7 +117,10 @@ fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Err
     };
     copy().map_err(|e| {
         Error::host(
-            format!("making a container of {} (Debian: busybox-static)", busybox.display()),
+            format!(
+                "making a container of {} (Debian: busybox-static)",
+                busybox.display()
+            ),
             e,
         )
     })

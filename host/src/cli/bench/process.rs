@@ -37,7 +37,13 @@ pub async fn start(context: &Context, options: &Options) -> Result<Value, Error>
 /// A process in a running container, from the call to its exit.
 pub async fn exec(context: &Context, options: &Options) -> Result<Value, Error> {
     let sandbox = sandbox(context, options, &Timeline::new()).await?;
-    let streams = container(&sandbox, "c", options, &["/bin/busybox", "sleep", "1000000"]).await?;
+    let streams = container(
+        &sandbox,
+        "c",
+        options,
+        &["/bin/busybox", "sleep", "1000000"],
+    )
+    .await?;
     sandbox.start("c", "").await?;
     let process = process(&["/bin/busybox", "true"]);
     let mut rounds = Vec::new();
