@@ -6,6 +6,7 @@ use std::io;
 
 use ttrpc::Code;
 
+use crate::container::{self, Kind};
 use crate::{guest, network, sandbox, streams};
 
 /// Why a request could not be served.
@@ -51,6 +52,17 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// The process has ended, which is no longer there to be signalled.
+    #[error("{0} has ended")]
+    Ended(String),
+    /// The container library.
+    #[error("{what}")]
+    Container {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: container::Error,
+    },
     /// Standard streams.
     #[error("connecting the standard streams of {what}")]
     Streams {
@@ -82,10 +94,11 @@ impl Error {
     /// The ttrpc code of this kind of error.
     pub fn code(&self) -> Code {
         match self {
-            Error::NoContainer(_) | Error::NoProcess { .. } => Code::NOT_FOUND,
+            Error::NoContainer(_) | Error::NoProcess { .. } | Error::Ended(_) => Code::NOT_FOUND,
             Error::ContainerExists(_) | Error::ProcessExists { .. } => Code::ALREADY_EXISTS,
             Error::State { .. } => Code::FAILED_PRECONDITION,
             Error::Invalid { .. } => Code::INVALID_ARGUMENT,
+            Error::Container { source, .. } => container_code(source.kind()),
             Error::Streams { source, .. } => streams_code(source),
             Error::Sandbox(sandbox::Error::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Error::Sandbox(sandbox::Error::System { source, .. }) => io_code(source),
@@ -113,6 +126,18 @@ impl Error {
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
         ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.message()))
+    }
+}
+
+fn container_code(kind: Kind) -> Code {
+    match kind {
+        Kind::InvalidArgument => Code::INVALID_ARGUMENT,
+        Kind::NotFound => Code::NOT_FOUND,
+        Kind::PermissionDenied => Code::PERMISSION_DENIED,
+        Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
+        Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+        Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
+        Kind::Internal => Code::INTERNAL,
     }
 }
 

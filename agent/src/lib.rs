@@ -3,6 +3,7 @@
 //! One thread does everything: a request's work between two awaits is short, and what takes long (a container's
 //! set-up) is the work of a forked child. State is behind plain mutexes that no await is under.
 
+pub mod container;
 pub mod error;
 pub mod events;
 pub mod guest;

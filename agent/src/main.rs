@@ -1,25 +1,28 @@
-//! /init of the guest. Outside of a guest, `cella-agent --unix DIR` serves on unix sockets in DIR for the tests.
+//! /init of the guest. Outside of a guest, `cella-agent --unix DIR CGROUPS` serves on unix sockets in DIR for the tests,
+//! with the cgroup v2 hierarchy at CGROUPS.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use cella_agent::server::{self, Options};
 use cella_agent::transport::Transport;
-use cella_agent::{icount, power};
+use cella_agent::{guest, icount, power};
 
 fn main() -> ExitCode {
     let entry = server::Entry::now();
     power::install_panic_hook();
     let mut arguments = std::env::args_os().skip(1);
-    let options = match (arguments.next(), arguments.next()) {
-        (Some(flag), Some(dir)) if flag == "--unix" => Options {
+    let options = match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(flag), Some(dir), Some(cgroups)) if flag == "--unix" => Options {
             transport: Transport::Unix(PathBuf::from(dir)),
             in_guest: false,
+            cgroup_root: PathBuf::from(cgroups),
             icount: false,
         },
         _ if rustix::process::getpid().is_init() => Options {
             transport: Transport::Vsock,
             in_guest: true,
+            cgroup_root: PathBuf::from(guest::CGROUP_ROOT),
             icount: std::env::var_os(icount::VARIABLE).is_some(),
         },
         _ => {

@@ -54,6 +54,12 @@ impl Reaper {
         receiver
     }
 
+    /// Nobody waits for `pid` any more: whoever made it has reaped it. The kernel may give the number away again.
+    pub fn forget(&self, pid: u32) {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        watched.remove(&pid);
+    }
+
     fn reap(&self) {
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
             self.ended(pid, status);

@@ -1,6 +1,7 @@
 //! From the agent's start to its service: the call to the host first, the port that others attach to beside it.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use cella_proto::agent_ttrpc;
@@ -22,6 +23,8 @@ pub struct Options {
     pub transport: Transport,
     /// Whether the guest's file systems are the agent's to mount. A test brings its own.
     pub in_guest: bool,
+    /// Where the cgroup v2 hierarchy is mounted.
+    pub cgroup_root: PathBuf,
     /// Report the instruction count instead of calling the host, and end.
     pub icount: bool,
 }

@@ -65,15 +65,15 @@ pub struct Streams {
     stderr: Option<Connection>,
 }
 
-/// What a process without a terminal has as its standard input, output and error.
+/// What a process without a terminal has as its standard input, output and error; `None` is /dev/null.
 #[derive(Debug)]
 pub struct ProcessEnds {
     /// Read by the process.
-    pub stdin: OwnedFd,
+    pub stdin: Option<OwnedFd>,
     /// Written by the process.
-    pub stdout: OwnedFd,
+    pub stdout: Option<OwnedFd>,
     /// Written by the process.
-    pub stderr: OwnedFd,
+    pub stderr: Option<OwnedFd>,
 }
 
 /// The agent's ends of a process's pipes, and the connections that they belong to.
@@ -121,17 +121,17 @@ impl Streams {
     ///
     /// # Errors
     ///
-    /// [`Error::System`] when a pipe cannot be made or /dev/null not be opened.
+    /// [`Error::System`] when a pipe cannot be made.
     pub fn pipes(self) -> Result<(ProcessEnds, Pipes), Error> {
         let mut pipes = Pipes::default();
         let stdin = match self.stdin {
-            None => null()?,
+            None => None,
             Some(connection) => {
                 let (reader, writer) = pipe()?;
                 // A pipe whose reader is gone reports an error, whoever waits for what.
                 let writer = registered(writer, Interest::WRITABLE | Interest::ERROR)?;
                 pipes.stdin = Some((connection, writer));
-                reader
+                Some(reader)
             }
         };
         let (stdout, kept) = outgoing(self.stdout)?;
@@ -227,26 +227,20 @@ async fn open(
 }
 
 /// What a process writes to, and what the agent keeps of it.
-type Outgoing = (OwnedFd, Option<(AsyncFd<OwnedFd>, Connection)>);
+type Outgoing = (Option<OwnedFd>, Option<(AsyncFd<OwnedFd>, Connection)>);
 
 fn outgoing(connection: Option<Connection>) -> Result<Outgoing, Error> {
     let Some(connection) = connection else {
-        return Ok((null()?, None));
+        return Ok((None, None));
     };
     let (reader, writer) = pipe()?;
     let reader = registered(reader, Interest::READABLE)?;
-    Ok((writer, Some((reader, connection))))
+    Ok((Some(writer), Some((reader, connection))))
 }
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
     // Blocking, as a program expects of its standard streams; the agent's side is nonblocking by splice's flag.
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(system("making a pipe"))
-}
-
-fn null() -> Result<OwnedFd, Error> {
-    use rustix::fs::{Mode, OFlags};
-    rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(system("opening /dev/null"))
 }
 
 fn registered(descriptor: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, Error> {

@@ -24,7 +24,7 @@ impl Agent {
         stream.send(&ready).await?;
         // The host knows now; what follows need not wait for its next request.
         self.prepare()?;
-        let (replay, mut watcher) = self.events.watch(Vec::new);
+        let (replay, mut watcher) = self.events.watch(|| self.exits());
         for event in &replay {
             stream.send(event).await?;
         }
@@ -49,7 +49,11 @@ impl Agent {
         tokio::select! {
             biased;
             event = watcher.recv() => event,
-            _ = period.tick() => None,
+            _ = period.tick() => {
+                let mut event = Event::new();
+                event.set_stats(self.all_stats());
+                Some(event)
+            }
         }
     }
 }
