@@ -209,7 +209,7 @@ pub(super) fn watch_oom(container: Arc<Container>, events: Arc<Events>) {
             .and_then(|runtime| runtime.oom_watch().ok())
     };
     let Some(watch) = watch else { return };
-    let Ok(descriptor) = rustix::io::fcntl_dupfd_cloexec(&watch, 0) else {
+    let Ok(descriptor) = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 0) else {
         return;
     };
     let registered = crate::ready::register(descriptor, Interest::PRIORITY);
