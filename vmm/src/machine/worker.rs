@@ -11,13 +11,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Readiness, Watcher};
 use crate::jail::ThreadKind;
+use crate::machine::Confine;
 use crate::transport::mmio::MmioTransport;
 
 /// How many ready descriptors one wait returns at most.
 const BATCH: usize = 32;
-
-/// Gives up what a thread of its kind does not need; `cella_vmm::jail::confine` outside of tests.
-pub type Confine = fn(ThreadKind) -> Result<(), String>;
 
 /// Who is told that a descriptor is ready.
 #[derive(Clone)]
@@ -211,7 +209,7 @@ impl WorkerThread {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         worker.watch(stop.as_raw_fd(), STOP)?;
         let handle = std::thread::Builder::new().name(name).spawn(move || {
-            run_thread(&worker, kind, confine);
+            run_thread(&worker, kind, &confine);
         })?;
         Ok(Self {
             stop,
@@ -220,7 +218,7 @@ impl WorkerThread {
     }
 }
 
-fn run_thread(worker: &Worker, kind: ThreadKind, confine: Confine) {
+fn run_thread(worker: &Worker, kind: ThreadKind, confine: &Confine) {
     if let Err(error) = confine(kind) {
         // A thread that keeps its rights must not touch the guest, and a machine without its device is none.
         eprintln!("cella-vmm: confining a {kind:?} thread: {error}");
