@@ -201,16 +201,18 @@ impl WorkerThread {
     /// # Errors
     /// No thread or no event file descriptor could be made.
     pub fn spawn(
-        name: String,
+        name: &str,
         worker: Worker,
         kind: ThreadKind,
         confine: Confine,
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         worker.watch(stop.as_raw_fd(), STOP)?;
-        let handle = std::thread::Builder::new().name(name).spawn(move || {
-            run_thread(&worker, kind, &confine);
-        })?;
+        let handle = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                run_thread(&worker, kind, &confine);
+            })?;
         Ok(Self {
             stop,
             handle: Some(handle),
