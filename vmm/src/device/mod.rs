@@ -8,6 +8,9 @@
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub mod fs;
+pub mod vsock;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
