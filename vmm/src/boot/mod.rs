@@ -1,1 +1,3 @@
-//! (in the making)
+//! What the guest finds in memory when it starts.
+
+pub mod layout;
