@@ -7,8 +7,6 @@
 //! [`DEADLINE`]; beyond them the guest's requests are reset, the host's wait in the listener's backlog.
 
 mod host;
-#[cfg(test)]
-mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;

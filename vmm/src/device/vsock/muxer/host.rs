@@ -128,7 +128,11 @@ impl Muxer {
     fn tick(&mut self) -> io::Result<()> {
         // Only after an event, so that it does not block.
         let _ = self.timer.wait();
-        let now = Instant::now();
+        self.look_after(Instant::now())
+    }
+
+    // Closes what is late at `now` and asks for the credit that starved connections wait for.
+    pub(in crate::device::vsock) fn look_after(&mut self, now: Instant) -> io::Result<()> {
         let tokens: Vec<u64> = self.entries.keys().copied().collect();
         for token in tokens {
             let Some(entry) = self.entries.get_mut(&token) else {
