@@ -10,6 +10,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,10 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
+use rustix::fs::{AtFlags, CWD};
+
 use super::budget::Budget;
+use super::descriptor;
 
 /// Directory entries are read in pieces of at most this many bytes, whatever the guest has room for.
 const MAX_READDIR: u32 = 64 * 1024;
@@ -144,6 +148,28 @@ fn own_number(
     })
 }
 
+// The server links by an empty path, for which the kernel wants CAP_DAC_READ_SEARCH in the host's user namespace.
+// Following the descriptor's link in /proc needs nothing.
+fn link(
+    inner: &PassthroughFs,
+    ctx: &Context,
+    inode: u64,
+    newparent: u64,
+    name: &CStr,
+) -> io::Result<()> {
+    let Ok(file) = descriptor::open(inner, ctx, inode) else {
+        // Not a regular file: only the server can.
+        return inner.link(ctx, inode, newparent, name).map(|entry| {
+            // Looked up once more by the caller.
+            inner.forget(ctx, entry.inode, 1);
+        });
+    };
+    let directory = descriptor::open(inner, ctx, newparent)?;
+    let old = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let follow = AtFlags::SYMLINK_FOLLOW;
+    Ok(rustix::fs::linkat(CWD, old, directory, name, follow)?)
+}
+
 impl FileSystem for Guarded {
     type Inode = u64;
     type Handle = u64;
@@ -262,7 +288,10 @@ impl FileSystem for Guarded {
 
     fn link(&self, ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
         let name = component(newname)?;
-        self.make(ctx, |inner| inner.link(ctx, inode, newparent, name))
+        self.make(ctx, |inner| {
+            link(inner, ctx, inode, newparent, name)?;
+            inner.lookup(ctx, newparent, name)
+        })
     }
 
     fn open(

@@ -194,6 +194,65 @@ fn files_belong_to_the_user_who_makes_them() {
     assert_eq!(client.path().join("roots").metadata().unwrap().uid(), 0);
 }
 
+// What the jail leaves to the server's thread, and how it keeps it when acting as a user.
+fn confine() {
+    use rustix::thread::{CapabilitySet as Cap, CapabilitySets};
+    let kept =
+        Cap::CHOWN | Cap::DAC_OVERRIDE | Cap::FOWNER | Cap::FSETID | Cap::SETUID | Cap::SETGID;
+    // SAFETY: PR_SET_SECUREBITS takes a number and changes this thread only.
+    let done = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, 1 << 2, 0, 0, 0) };
+    assert_eq!(done, 0, "SECBIT_NO_SETUID_FIXUP");
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: Cap::empty(),
+        },
+    )
+    .unwrap();
+}
+
+#[test]
+fn the_capabilities_of_the_jail_are_enough() {
+    if !is_root() {
+        return;
+    }
+    let test = std::thread::spawn(|| {
+        let mut client = Client::new();
+        confine();
+        // A directory that the user may write to by a supplementary group, which the server does not know of:
+        // the guest's kernel has checked.
+        let group = std::fs::Permissions::from_mode(0o770);
+        std::fs::set_permissions(client.path(), group).unwrap();
+        (client.uid, client.gid) = (1234, 5678);
+        let (file, handle) = client.create(ROOT, "file", libc::O_RDWR, 0o400).unwrap();
+        client.write(file.nodeid, handle, 0, b"data", 0).unwrap();
+        let node = file.nodeid.to_le_bytes();
+        let link = client.make(Opcode::Link, ROOT, &node, "link").unwrap();
+        assert_eq!((link.nodeid, link.attr.nlink), (file.nodeid, 2));
+        let set = SetattrIn {
+            valid: (SetattrValid::UID | SetattrValid::MODE).bits(),
+            uid: 99,
+            mode: 0o6755,
+            ..SetattrIn::default()
+        };
+        client
+            .call(Opcode::Setattr, file.nodeid, set.as_slice(), 128)
+            .unwrap();
+        let handle = client.open(file.nodeid, libc::O_RDWR).unwrap();
+        client
+            .write(file.nodeid, handle, 0, b"x", WRITE_KILL_PRIV)
+            .unwrap();
+        let meta = client.path().join("link").metadata().unwrap();
+        assert_eq!(
+            (meta.uid(), meta.gid(), meta.mode() & 0o7777),
+            (99, 5678, 0o755)
+        );
+    });
+    test.join().unwrap();
+}
+
 #[test]
 fn writing_takes_set_user_id_off() {
     if !is_root() {
