@@ -10,6 +10,9 @@ pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub mod fs;
+pub mod vsock;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
