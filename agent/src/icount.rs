@@ -20,6 +20,9 @@ pub fn report(entry: u64) {
     let now = ticks();
     crate::power::report(&match prepared {
         Ok(()) => format!("cella-agent: prepared tsc={now}\n"),
-        Err(error) => format!("cella-agent: {}\n", crate::error::Error::from(error).message()),
+        Err(error) => format!(
+            "cella-agent: {}\n",
+            crate::error::Error::from(error).message()
+        ),
     });
 }

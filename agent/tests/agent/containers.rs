@@ -235,15 +235,20 @@ async fn what_cannot_be_executed_is_told_apart() {
         ("plain", "/bin/plain", Code::PERMISSION_DENIED, 126),
     ] {
         let spec = sandbox.spec(&[command]);
-        sandbox
-            .create(id, &spec, proto::Stdio::new())
-            .await
-            .unwrap();
-        let (started, message) = status(sandbox.start_process(id, "").await);
-        assert_eq!(started, code, "{message}");
+        let created = sandbox.create(id, &spec, proto::Stdio::new()).await;
+        let unstarted = created.is_ok();
+        let failed = match created {
+            Ok(_) => sandbox.start_process(id, "").await.map(drop),
+            Err(error) => Err(error),
+        };
+        let (failed, message) = status(failed);
+        assert_eq!(failed, code, "{message}");
         assert!(message.contains(command), "{message}");
-        let exit = sandbox.delete(id, "").await.unwrap().unwrap();
-        assert_eq!(exit.exit_status, exit_status);
+        if unstarted {
+            let exit = sandbox.delete(id, "").await.unwrap().unwrap();
+            assert_eq!(exit.exit_status, exit_status);
+        }
+        assert_eq!(state(&sandbox, id).await, None);
     }
     sandbox.run("a", &["sleep", "1000"]).await;
     let missing = process(&["/bin/none"]);
