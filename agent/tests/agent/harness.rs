@@ -136,6 +136,15 @@ impl Sandbox {
         &self.guest.cgroups
     }
 
+    /// Whether the containers can have limits of `controller`.
+    pub fn has_controller(&self, controller: &str) -> bool {
+        let file = self.guest.cgroups.join("cgroup.controllers");
+        let controllers = std::fs::read_to_string(file).unwrap();
+        controllers
+            .split_whitespace()
+            .any(|name| name == controller)
+    }
+
     /// An event stream, past its Ready.
     pub async fn watch(&self) -> Events {
         let request = proto::WatchRequest::new();
@@ -259,7 +268,10 @@ pub struct Events(ClientStreamReceiver<Event>);
 impl Events {
     pub async fn next(&mut self) -> Event {
         let event = tokio::time::timeout(PATIENCE, self.0.recv()).await;
-        event.expect("an event in time").unwrap().expect("an event, not the end")
+        event
+            .expect("an event in time")
+            .unwrap()
+            .expect("an event, not the end")
     }
 
     /// The next exit, which must be the next event.
