@@ -369,7 +369,7 @@ fn memory_that_changes_while_it_is_read_harms_its_connection_only() {
                 guard
                     .store(wild % 700, GuestAddress(table + 8), Ordering::Relaxed)
                     .unwrap();
-                let place = if wild % 5 == 0 {
+                let place = if wild.is_multiple_of(5) {
                     u64::from(wild)
                 } else {
                     address
