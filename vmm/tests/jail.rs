@@ -10,6 +10,8 @@
     reason = "a test"
 )]
 
+#[path = "jail/files.rs"]
+mod files;
 #[path = "jail/host.rs"]
 mod host;
 #[path = "jail/probe.rs"]

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::files;
 use cella_vmm::jail::{self, Entered, Jail, ThreadKind};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -65,9 +66,13 @@ fn play(name: &str, orders: &Orders, entered: Entered) {
     match name {
         "walls" => walls(orders, &entered),
         "idle" => idle(entered),
-        "file-server" => in_thread(ThreadKind::Fs, file_server),
-        "escape-share" => in_thread(ThreadKind::Fs, escape_share),
-        "later-mount" => in_thread(ThreadKind::Fs, later_mount),
+        "file-server" => in_thread(ThreadKind::Fs, files::as_users),
+        "escape-share" => in_thread(ThreadKind::Fs, files::escape),
+        "later-mount" => in_thread(ThreadKind::Fs, files::later_mount),
+        "passthrough" => {
+            let server = files::server();
+            in_thread(ThreadKind::Fs, move || files::serve(&server));
+        }
         "connect" => connect(),
         "costs" => costs(),
         "forbidden" => forbidden(orders),
@@ -75,7 +80,7 @@ fn play(name: &str, orders: &Orders, entered: Entered) {
     }
 }
 
-fn say(name: &str, result: io::Result<()>) {
+pub fn say(name: &str, result: io::Result<()>) {
     let result = match result {
         Ok(()) => "ok".to_owned(),
         Err(error) => match error.raw_os_error() {
@@ -86,19 +91,19 @@ fn say(name: &str, result: io::Result<()>) {
     println!("{name}: {result}");
 }
 
-fn call(result: libc::c_long) -> io::Result<()> {
+pub fn call(result: libc::c_long) -> io::Result<()> {
     match result < 0 {
         true => Err(io::Error::last_os_error()),
         false => Ok(()),
     }
 }
 
-fn wait_for_line() {
+pub fn wait_for_line() {
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line).unwrap();
 }
 
-fn in_thread(kind: ThreadKind, what: fn()) {
+fn in_thread(kind: ThreadKind, what: impl FnOnce() + Send + 'static) {
     std::thread::spawn(move || {
         jail::confine(kind).unwrap();
         what();
@@ -134,7 +139,7 @@ fn walls(orders: &Orders, entered: &Entered) {
     walls_of_namespaces();
 }
 
-fn open(path: &str) -> io::Result<()> {
+pub fn open(path: &str) -> io::Result<()> {
     fs::File::open(path).map(drop)
 }
 
@@ -322,112 +327,6 @@ fn idle(mut entered: Entered) {
     jail::confine(ThreadKind::Main).unwrap();
     println!("ready");
     wait_for_line();
-}
-
-fn file_server() {
-    let as_user = |uid: i64, gid: i64| {
-        // SAFETY: no memory operands.
-        call(unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) }).unwrap();
-        // SAFETY: no memory operands.
-        call(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) }).unwrap();
-    };
-    as_user(1000, 1001);
-    say("create as 1000", fs::write("/share/of-1000", "hello"));
-    // The guest's kernel has checked; the server does not know the user's other groups.
-    say(
-        "create in a foreign directory",
-        fs::write("/share/private/of-1000", "hello"),
-    );
-    as_user(0, 0);
-    say("create as 0", fs::write("/share/of-0", "hello"));
-    say(
-        "chown",
-        rustix::fs::chownat(
-            CWD,
-            "/share/of-0",
-            Some(rustix::fs::Uid::from_raw(3)),
-            Some(rustix::fs::Gid::from_raw(4)),
-            rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
-        )
-        .map_err(io::Error::from),
-    );
-    as_user(4_000_000_000, 0);
-    say("create as 4000000000", fs::write("/share/of-many", ""));
-    as_user(0, 0);
-    rustix::fs::mkdirat(CWD, "/share/d", Mode::RWXU).unwrap();
-    say("rename", move_into_directory());
-    // Revision 2, effective, CAP_NET_RAW: what installing ping does.
-    let capability = [
-        1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    ];
-    let set = rustix::fs::setxattr(
-        "/share/of-1000",
-        "security.capability",
-        &capability,
-        rustix::fs::XattrFlags::empty(),
-    );
-    say("file capability", set.map_err(io::Error::from));
-    let own = fs::File::open("/share/of-0").unwrap();
-    say(
-        "reopen by descriptor",
-        open(&format!("/proc/self/fd/{}", own.as_raw_fd())),
-    );
-}
-
-/// As the server does it; std and rustix use older calls.
-fn move_into_directory() -> io::Result<()> {
-    let (from, to) = (c"/share/of-many", c"/share/d/of-many");
-    // SAFETY: both paths are terminated.
-    call(unsafe {
-        libc::syscall(
-            libc::SYS_renameat2,
-            libc::AT_FDCWD,
-            from.as_ptr(),
-            libc::AT_FDCWD,
-            to.as_ptr(),
-            0,
-        )
-    })
-}
-
-fn escape_share() {
-    say("..", fs::write("/share/../escaped", ""));
-    say("../..", fs::write("/share/d/../../escaped", ""));
-    say("absolute symbolic link", fs::write("/share/to-passwd", ""));
-    say(
-        "relative symbolic link",
-        fs::write("/share/up/etc/passwd", ""),
-    );
-    say("vsock", fs::write("/vsock/escaped", ""));
-    say(
-        "link",
-        fs::hard_link("/proc/self/mountinfo", "/share/linked"),
-    );
-    let device = rustix::fs::makedev(1, 3);
-    let made = rustix::fs::mknodat(
-        CWD,
-        "/share/null",
-        FileType::CharacterDevice,
-        Mode::RUSR,
-        device,
-    );
-    say("device", made.map_err(io::Error::from));
-    let sets = CapabilitySets {
-        effective: CapabilitySet::SYS_ADMIN,
-        permitted: CapabilitySet::SYS_ADMIN,
-        inheritable: CapabilitySet::empty(),
-    };
-    say(
-        "raise",
-        rustix::thread::set_capabilities(None, sets).map_err(io::Error::from),
-    );
-}
-
-fn later_mount() {
-    println!("ready");
-    wait_for_line();
-    say("read", fs::read_to_string("/share/later/lower").map(drop));
-    say("write", fs::write("/share/later/written", "from the jail"));
 }
 
 fn connect() {
