@@ -53,11 +53,11 @@ pub(super) fn restrict_process(jail: &Jail) -> Result<Landlock, JailError> {
         .scope(Scope::from_all(NEWEST))?
         .create()?;
     if jail.share.is_some() {
-        rules = allow(rules, "/share", file_server())?;
+        rules = allow(rules, super::SHARE, file_server())?;
         rules = allow(rules, root::MOUNTINFO, AccessFs::ReadFile.into())?;
     }
     if jail.sockets.is_some() {
-        rules = allow(rules, "/vsock", AccessFs::ResolveUnix.into())?;
+        rules = allow(rules, super::SOCKETS, AccessFs::ResolveUnix.into())?;
     }
     Ok(rules.restrict_self()?.ruleset.into())
 }
@@ -67,8 +67,8 @@ pub(super) fn restrict_thread(kind: ThreadKind) -> Result<(), JailError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
         .create()?;
-    if kind == ThreadKind::Main && Path::new("/vsock").is_dir() {
-        rules = allow(rules, "/vsock", AccessFs::ResolveUnix.into())?;
+    if kind == ThreadKind::Main && Path::new(super::SOCKETS).is_dir() {
+        rules = allow(rules, super::SOCKETS, AccessFs::ResolveUnix.into())?;
     }
     rules.restrict_self()?;
     Ok(())

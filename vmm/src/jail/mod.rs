@@ -27,6 +27,11 @@ use std::path::PathBuf;
 pub use error::JailError;
 pub use landlock::Landlock;
 
+/// Where the jail shows the shared directory.
+pub const SHARE: &str = "/share";
+/// Where the jail shows the directory of the sockets that the guest's connections go to.
+pub const SOCKETS: &str = "/vsock";
+
 /// What a thread of the VMM does, which decides what it may still ask of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {

@@ -1,0 +1,40 @@
+//! OCI containers, made inside the agent: a synchronous library.
+//!
+//! One `clone3` makes a container's init, and one makes each further process; whatever can be parsed, opened or
+//! computed is so before it, in the agent. The child then makes raw system calls only (`init`, `exec`) and reports
+//! over a socket what failed, as a step and an errno, from which the agent makes a typed [`Error`].
+//!
+//! The caller reaps: the library waits for a child only when it returns an error for it.
+
+mod capabilities;
+mod cgroup;
+#[allow(clippy::module_inception, reason = "it is the container's own type")]
+mod container;
+mod device_filter;
+mod devices;
+mod error;
+mod exec;
+mod hooks;
+mod init;
+mod mounts;
+pub mod namespaces;
+mod options;
+mod process;
+mod report;
+mod rootfs;
+mod runtime;
+mod seccomp;
+mod spawn;
+mod sys;
+pub mod terminal;
+mod translate;
+mod validate;
+
+pub use cgroup::OomWatch;
+pub use container::{Container, Process, Status};
+pub use error::{Error, Kind, Result};
+pub use namespaces::{PidHolder, Shared, SharedNamespaces};
+pub use runtime::{Created, Runtime, RuntimeConfig, Stdio};
+
+#[cfg(test)]
+mod tests;

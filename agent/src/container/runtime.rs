@@ -1,0 +1,492 @@
+//! Making containers.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use oci_spec::runtime as oci;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::cgroup::{Cgroup, Hierarchy};
+use super::container::{Container, Parts};
+use super::device_filter::DeviceFilter;
+use super::devices::DevicePlan;
+use super::hooks::{self, HookState, Place};
+use super::init::InitPlan;
+use super::mounts::{self, MountContext};
+use super::namespaces::{IdMaps, NamespacePlan, SharedNamespaces};
+use super::process::{ProcessPlan, StreamPlan, c_string};
+use super::report::Message;
+use super::rootfs::RootPlan;
+use super::seccomp::SeccompPlan;
+use super::spawn::{self, Child};
+use super::{Error, Result, terminal, translate, validate};
+
+/// Where the runtime keeps cgroups.
+#[derive(Clone, Debug)]
+pub struct RuntimeConfig {
+    /// Mount point of the cgroup v2 hierarchy.
+    pub cgroup_root: PathBuf,
+    /// Below it, the cgroup of containers whose `cgroupsPath` is relative or missing.
+    pub cgroup_parent: String,
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            cgroup_root: "/sys/fs/cgroup".into(),
+            cgroup_parent: "cella".into(),
+        }
+    }
+}
+
+/// What the containers of an agent have in common.
+#[derive(Debug)]
+pub(super) struct Common {
+    /// The agent's own pid namespace, to return to.
+    pub pid_namespace: OwnedFd,
+    /// Device and inode of the agent's binary.
+    pub own_binary: (u64, u64),
+}
+
+/// Makes containers. The guest must have /proc, /sys and a cgroup2 mount, and /dev with the standard devices.
+#[derive(Debug)]
+pub struct Runtime {
+    common: Arc<Common>,
+    hierarchy: Hierarchy,
+}
+
+/// Standard streams of a process; what is `None` is /dev/null. With a terminal only `size` counts.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: Option<OwnedFd>,
+    /// Standard output.
+    pub stdout: Option<OwnedFd>,
+    /// Standard error.
+    pub stderr: Option<OwnedFd>,
+    /// Rows and columns of the terminal; else what the spec's consoleSize says.
+    pub size: Option<(u16, u16)>,
+}
+
+/// What [`Runtime::create`] made.
+#[derive(Debug)]
+pub struct Created {
+    /// The container, waiting for its start.
+    pub container: Container,
+    /// The terminal's master, if the spec asks for a terminal.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// A new process on its way to `execve`.
+#[derive(Debug)]
+pub(super) struct Newborn {
+    pub child: Child,
+    pub socket: OwnedFd,
+    pub terminal: Option<OwnedFd>,
+}
+
+impl Runtime {
+    /// Prepares the runtime.
+    pub fn new(config: RuntimeConfig) -> Result<Self> {
+        let hierarchy = Hierarchy::new(config.cgroup_root, config.cgroup_parent)?;
+        let fail = |step: &str, source: io::Error| Error::Process {
+            step: step.into(),
+            source,
+        };
+        let pid_namespace = std::fs::File::open("/proc/self/ns/pid")
+            .map_err(|e| fail("opening /proc/self/ns/pid", e))?
+            .into();
+        let binary = rustix::fs::stat("/proc/self/exe")
+            .map_err(|e| fail("examining /proc/self/exe", e.into()))?;
+        let own_binary = (binary.st_dev, binary.st_ino);
+        Ok(Self {
+            common: Arc::new(Common {
+                pid_namespace,
+                own_binary,
+            }),
+            hierarchy,
+        })
+    }
+
+    /// Makes a container up to, not including, the execution of its command. On failure nothing is left of it.
+    pub fn create(
+        &self,
+        id: &str,
+        spec: &oci::Spec,
+        stdio: Stdio,
+        shared: &SharedNamespaces,
+    ) -> Result<Created> {
+        validate::id(id)?;
+        let parts = validate::spec(spec)?;
+        let linux = parts.linux;
+        let namespaces = NamespacePlan::new(linux, shared)?;
+        let seccomp = linux.seccomp().as_ref().map(SeccompPlan::new).transpose()?;
+        let personality = linux
+            .personality()
+            .as_ref()
+            .map(validate::personality)
+            .transpose()?;
+        let own_binary = self.common.own_binary;
+        let process = ProcessPlan::new(
+            parts.process,
+            seccomp.clone(),
+            personality,
+            own_binary,
+            stdio,
+        )?;
+        let no_rules = Vec::new();
+        let resources = linux.resources().as_ref();
+        let rules = resources
+            .and_then(|r| r.devices().as_ref())
+            .unwrap_or(&no_rules);
+        let filter = DeviceFilter::new(rules)?;
+        let cgroup = self.hierarchy.create(id, linux.cgroups_path().as_deref())?;
+        let made = set_limits(&cgroup, resources, &filter).and_then(|filter| {
+            let mut plan = init_plan(spec, &parts, namespaces, process, &cgroup)?;
+            let born = self.give_birth(id, spec, &cgroup, &mut plan)?;
+            Ok((filter, plan, born))
+        });
+        match made {
+            Ok((filter, plan, born)) => {
+                let Newborn {
+                    child,
+                    socket,
+                    terminal,
+                } = born;
+                let container = Container::new(Parts {
+                    id: id.into(),
+                    common: Arc::clone(&self.common),
+                    child,
+                    socket,
+                    cgroup,
+                    filter,
+                    plan,
+                    seccomp,
+                    personality,
+                    hooks: spec.hooks().clone().unwrap_or_default(),
+                    annotations: spec.annotations().clone(),
+                    bundle: bundle(parts.root),
+                });
+                Ok(Created {
+                    container,
+                    terminal,
+                })
+            }
+            Err(error) => {
+                // The first error is what the caller needs; a cgroup in use is met again by the next create.
+                let _ = cgroup.remove();
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the init and brings it to where it waits for its start.
+    fn give_birth(
+        &self,
+        id: &str,
+        spec: &oci::Spec,
+        cgroup: &Cgroup,
+        plan: &mut InitPlan,
+    ) -> Result<Newborn> {
+        let (socket, child_socket) = socket_pair()?;
+        plan.keep.push(child_socket.as_raw_fd());
+        plan.keep.sort_unstable();
+        let plan = &*plan;
+        let number = child_socket.as_raw_fd();
+        let child = in_pid_namespace(
+            plan.namespaces.pid.as_ref().map(AsFd::as_fd),
+            &self.common,
+            || {
+                spawn::clone(plan.namespaces.clone, Some(cgroup.dir()), || {
+                    plan.run(number)
+                })
+            },
+        )?;
+        drop(child_socket);
+        let born = Newborn {
+            child,
+            socket,
+            terminal: None,
+        };
+        supervise(id, spec, plan, born)
+    }
+}
+
+/// Speaks with the init until it is ready. On failure it is reaped.
+fn supervise(id: &str, spec: &oci::Spec, plan: &InitPlan, mut born: Newborn) -> Result<Newborn> {
+    let result = (|| {
+        if let Some(maps) = &plan.namespaces.id_maps {
+            write_id_maps(&born.child, maps, plan)?;
+            go_on(&born.socket)?;
+        }
+        loop {
+            let (message, fd) = receive(&born.socket)?;
+            match message {
+                Message::Terminal => born.terminal = fd,
+                Message::Hooks => {
+                    run_create_hooks(id, spec, plan, &born.child)?;
+                    go_on(&born.socket)?;
+                }
+                Message::Ready => return Ok(()),
+                Message::Failed(failure) => return Err(translate::init_failure(plan, failure)),
+                Message::Closed | Message::Continue => return Err(Error::Died),
+            }
+        }
+    })();
+    match result {
+        Ok(()) => Ok(born),
+        Err(error) => {
+            spawn::kill_and_reap(&born.child.pidfd);
+            Err(error)
+        }
+    }
+}
+
+fn run_create_hooks(id: &str, spec: &oci::Spec, plan: &InitPlan, child: &Child) -> Result<()> {
+    let Some(hooks) = spec.hooks() else {
+        return Ok(());
+    };
+    let bundle = spec.root().as_ref().map(bundle).unwrap_or_default();
+    let state = HookState {
+        id,
+        status: "creating",
+        pid: child.pid,
+        bundle: &bundle,
+        annotations: spec.annotations().as_ref(),
+    };
+    #[allow(deprecated, reason = "bundles still have prestart hooks")]
+    let prestart = hooks.prestart().as_ref();
+    hooks::run("prestart", prestart, Place::Runtime, state)?;
+    hooks::run(
+        "createRuntime",
+        hooks.create_runtime().as_ref(),
+        Place::Runtime,
+        state,
+    )?;
+    let container = Place::Container(child.pidfd.as_fd(), plan.namespaces.own);
+    hooks::run(
+        "createContainer",
+        hooks.create_container().as_ref(),
+        container,
+        state,
+    )
+}
+
+/// The directory that the root is in, which for every bundle is the bundle.
+fn bundle(root: &oci::Root) -> PathBuf {
+    root.path().parent().map(PathBuf::from).unwrap_or_default()
+}
+
+fn set_limits(
+    cgroup: &Cgroup,
+    resources: Option<&oci::LinuxResources>,
+    filter: &DeviceFilter,
+) -> Result<Option<OwnedFd>> {
+    if let Some(resources) = resources {
+        cgroup.set_resources(resources)?;
+    }
+    attach_filter(cgroup, filter, None)
+}
+
+/// Attaches a device filter.
+pub(super) fn attach_filter(
+    cgroup: &Cgroup,
+    filter: &DeviceFilter,
+    old: Option<&OwnedFd>,
+) -> Result<Option<OwnedFd>> {
+    filter
+        .attach(cgroup.dir(), old)
+        .map_err(|source| Error::Cgroup {
+            step: "attaching the device filter to",
+            path: cgroup.path().into(),
+            source,
+        })
+}
+
+fn init_plan(
+    spec: &oci::Spec,
+    parts: &validate::Parts<'_>,
+    namespaces: NamespacePlan,
+    process: ProcessPlan,
+    cgroup: &Cgroup,
+) -> Result<InitPlan> {
+    let linux = parts.linux;
+    let (hostname, domainname) = validate::uts_names(spec, &namespaces)?;
+    let root = if namespaces.makes(libc::CLONE_NEWNS) {
+        Some(root_plan(spec, parts, &namespaces, &process, cgroup)?)
+    } else if namespaces.owns(libc::CLONE_NEWNS) {
+        None
+    } else {
+        return Err(Error::invalid(
+            "linux.namespaces",
+            "a mount namespace is needed",
+        ));
+    };
+    let sysctls = own_sysctls(linux, &namespaces)?;
+    let mut keep = Vec::new();
+    namespaces.keep(&mut keep);
+    process.keep(&mut keep);
+    if let Some(root) = &root {
+        root.keep(&mut keep);
+    }
+    Ok(InitPlan {
+        namespaces,
+        root,
+        hostname,
+        domainname,
+        sysctls,
+        process,
+        keep,
+    })
+}
+
+fn root_plan(
+    spec: &oci::Spec,
+    parts: &validate::Parts<'_>,
+    namespaces: &NamespacePlan,
+    process: &ProcessPlan,
+    cgroup: &Cgroup,
+) -> Result<RootPlan> {
+    let linux = parts.linux;
+    let user = namespaces.owns(libc::CLONE_NEWUSER);
+    let context = MountContext {
+        foreign_network: user && !namespaces.owns(libc::CLONE_NEWNET),
+        foreign_ipc: user && !namespaces.owns(libc::CLONE_NEWIPC),
+        cgroup_namespace: namespaces.owns(libc::CLONE_NEWCGROUP),
+        cgroup: cgroup.dir(),
+    };
+    let tree = mounts::open_root(parts.root.path())?;
+    let mounts = mounts::plan(spec.mounts().as_deref().unwrap_or_default(), context)?;
+    let dev_is_bound = mounts.iter().any(|mount| {
+        mount.destination.as_c_str() == c"/dev" && matches!(mount.kind, mounts::MountKind::Tree(_))
+    });
+    let hooks = spec.hooks().as_ref().is_some_and(|hooks| {
+        #[allow(deprecated, reason = "bundles still have prestart hooks")]
+        let prestart = hooks.prestart().as_ref();
+        hooks::any(prestart)
+            || hooks::any(hooks.create_runtime().as_ref())
+            || hooks::any(hooks.create_container().as_ref())
+    });
+    Ok(RootPlan {
+        tree: Some(tree),
+        path: c_string("root.path", parts.root.path().as_os_str().as_bytes())?,
+        mounts,
+        devices: DevicePlan::new(linux, dev_is_bound, user)?,
+        masked: validate::paths("linux.maskedPaths", linux.masked_paths().as_ref())?,
+        readonly_paths: validate::paths("linux.readonlyPaths", linux.readonly_paths().as_ref())?,
+        readonly: parts.root.readonly().unwrap_or(false),
+        propagation: validate::propagation(linux)?,
+        hooks,
+        terminal: match process.streams {
+            StreamPlan::Terminal { size } => Some(size),
+            StreamPlan::Files { .. } | StreamPlan::HandedOver => None,
+        },
+    })
+}
+
+/// The sysctls that the init sets. In a user namespace it could not set those of the guest's own namespaces: these
+/// the agent sets now.
+fn own_sysctls(linux: &oci::Linux, namespaces: &NamespacePlan) -> Result<Vec<(CString, CString)>> {
+    let mut sysctls = validate::sysctls(linux)?;
+    if !namespaces.owns(libc::CLONE_NEWUSER) {
+        return Ok(sysctls);
+    }
+    let mut result = Ok(());
+    sysctls.retain(|(path, value)| {
+        let bytes = path.to_bytes();
+        let kind = if bytes.starts_with(b"/proc/sys/net/") {
+            libc::CLONE_NEWNET
+        } else if bytes == b"/proc/sys/kernel/domainname" {
+            libc::CLONE_NEWUTS
+        } else {
+            libc::CLONE_NEWIPC
+        };
+        if namespaces.owns(kind) || result.is_err() {
+            return true;
+        }
+        result = super::sys::write_file(path, value.as_bytes()).map_err(|errno| Error::Process {
+            step: format!("setting sysctl {}", path.to_string_lossy()),
+            source: errno.into(),
+        });
+        false
+    });
+    result.map(|()| sysctls)
+}
+
+/// What a child in a new user namespace cannot write itself: its maps, and a lowered OOM score.
+fn write_id_maps(child: &Child, maps: &IdMaps, plan: &InitPlan) -> Result<()> {
+    let write = |name: &str, content: &[u8]| {
+        let path = format!("/proc/{}/{name}", child.pid);
+        std::fs::write(&path, content).map_err(|source| Error::Namespace {
+            step: format!("writing {path}"),
+            source,
+        })
+    };
+    write("uid_map", maps.uid.as_bytes())?;
+    write("gid_map", maps.gid.as_bytes())?;
+    match &plan.process.oom_score_adj {
+        Some(adj) => write("oom_score_adj", adj.as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// The pair that an agent and its child speak over.
+pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd)> {
+    rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|e| Error::Process {
+        step: "making a socket pair".into(),
+        source: e.into(),
+    })
+}
+
+/// Runs `f`, which makes a child, so that the child is born in the pid namespace `fd`.
+pub(super) fn in_pid_namespace<T>(
+    fd: Option<std::os::fd::BorrowedFd<'_>>,
+    common: &Common,
+    f: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let Some(fd) = fd else { return f() };
+    let enter = |fd: RawFd, step: &str| {
+        super::sys::setns(fd, libc::CLONE_NEWPID).map_err(|errno| Error::Namespace {
+            step: step.into(),
+            source: errno.into(),
+        })
+    };
+    enter(fd.as_raw_fd(), "joining the pid namespace")?;
+    let result = f();
+    enter(
+        common.pid_namespace.as_raw_fd(),
+        "returning to the guest's pid namespace",
+    )?;
+    result
+}
+
+/// Lets a child go on.
+pub(super) fn go_on(socket: &OwnedFd) -> Result<()> {
+    match Message::Continue.send(socket.as_raw_fd()) {
+        Ok(()) => Ok(()),
+        // It died: the next receive says so.
+        Err(super::sys::Errno(libc::EPIPE | libc::ECONNRESET)) => Ok(()),
+        Err(errno) => Err(Error::Process {
+            step: "speaking to the init".into(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// The next message of a child.
+pub(super) fn receive(socket: &OwnedFd) -> Result<(Message, Option<OwnedFd>)> {
+    terminal::receive(socket).map_err(|source| Error::Process {
+        step: "listening to the new process".into(),
+        source,
+    })
+}
