@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
 use super::{Jail, JailError, ThreadKind, root};
@@ -22,7 +22,7 @@ pub enum Landlock {
     Full,
     /// An older version.
     Partial,
-    /// None: the private root, the capabilities and seccomp stand alone.
+    /// None, or version 1 under a file server: the private root, the capabilities and seccomp stand alone.
     Absent,
 }
 
@@ -39,7 +39,15 @@ impl From<RulesetStatus> for Landlock {
 /// Restricts this thread, and all that it will create, to the shared directory and the sockets. The paths are those of
 /// the private root.
 pub(super) fn restrict_process(jail: &Jail) -> Result<Landlock, JailError> {
-    let mut rules = Ruleset::default()
+    let mut ruleset = Ruleset::default();
+    if jail.share.is_some() {
+        // Version 1 forbids every rename and link between directories: a file server does better without.
+        ruleset = ruleset
+            .set_compatibility(CompatLevel::SoftRequirement)
+            .handle_access(AccessFs::Refer)?
+            .set_compatibility(CompatLevel::BestEffort);
+    }
+    let mut rules = ruleset
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
