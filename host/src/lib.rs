@@ -2,8 +2,24 @@
 //!
 //! | module | what lives there |
 //! | --- | --- |
+//! | [`paths`] | where things are on a host |
+//! | [`error`] | the kinds that errors keep |
 //! | [`image`] | images: OCI layouts, archives, root file system directories, bundles; layers and their overlay mounts |
 //! | [`spec`] | the OCI runtime specification made for a plain image |
+//! | [`hypervisor`] | the virtual machine behind one narrow trait |
+//! | [`sandbox`] | one virtual machine, its agent, and the containers in it |
+//! | [`container`] | the records of the command line's containers |
+//! | [`timeline`] | when each phase of a start began |
+//! | [`cli`] | the `cella` command |
 
+pub mod cli;
+pub mod config;
+pub mod container;
+pub mod error;
+pub mod hypervisor;
 pub mod image;
+pub mod paths;
+pub mod sandbox;
+pub mod size;
 pub mod spec;
+pub mod timeline;

@@ -5,6 +5,14 @@
 //! activation, calls it when the driver has kicked a queue or a watched file descriptor is ready, and takes
 //! everything back at reset.
 
+pub mod block;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub mod fs;
+pub mod vsock;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 

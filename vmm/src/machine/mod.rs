@@ -1,3 +1,402 @@
-//! Memory, CPUs, interrupts and devices put together: the `Machine`.
+//! Memory, CPUs, interrupts and devices put together: the [`Machine`].
+//!
+//! A machine goes through these states, and no others:
+//!
+//! ```text
+//! Configured --start--> Running <--pause / resume--> Paused
+//!      \___________________ \________ stop, guest ______/----> Stopped
+//! ```
+//!
+//! In `Configured`, devices are connected ([`Machine::allocate_slot`], [`Machine::connect`]), then
+//! [`Machine::spawn`] loads the kernel and makes the vCPU threads, each confined before it waits for the
+//! first command. [`Machine::start`] lets them run.
 
 pub mod bus;
+pub mod devices;
+pub mod memory;
+pub mod worker;
+
+mod console;
+mod error;
+mod slots;
+mod vm;
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, BootImage, cmdline, layout};
+use crate::device::GuestMemory;
+use crate::jail::ThreadKind;
+use crate::vcpu::cpuid::HostCpuid;
+use crate::vcpu::emulate::Emulator;
+use crate::vcpu::exit::Buses;
+use crate::vcpu::thread::{End, OnEnd, Parts, VcpuThread};
+use crate::vcpu::{VcpuError, kick, setup};
+use bus::BusDevice;
+use console::Console;
+use slots::Slots;
+
+pub use error::MachineError;
+pub use slots::MmioSlot;
+
+/// What a machine is made from. Every file is open already: nothing is opened by name.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: File,
+    /// A memfd of `memory_bytes`.
+    pub memory: File,
+    /// Guest RAM in bytes: whole pages, at least [`memory::MIN_MEMORY_BYTES`].
+    pub memory_bytes: u64,
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// An ELF vmlinux for x86-64.
+    pub kernel: File,
+    /// An uncompressed cpio archive.
+    pub initrd: Option<File>,
+    /// Kernel command line, appended to what the machine itself adds.
+    pub cmdline: String,
+    /// Where the serial console's output goes; `None`: the guest has no serial port. Output that cannot be
+    /// written at once is lost if the file is non-blocking, and holds up the guest if it is not.
+    pub console: Option<File>,
+}
+
+/// Called at the start of each vCPU's thread, before its first `KVM_RUN`: the jail's filter for that thread.
+pub type Confine = Arc<dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync>;
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Made; devices can be connected.
+    Configured,
+    /// The guest runs.
+    Running,
+    /// No vCPU executes guest code, every exit is completed: state can be read.
+    Paused,
+    /// The end. The threads are gone or about to go.
+    Stopped,
+}
+
+/// Why a machine stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The guest reset or powered off the machine, or triple-faulted; says which.
+    Guest(&'static str),
+    /// [`Machine::stop`] was called.
+    Requested,
+    /// KVM or a vCPU's thread gave up, and why.
+    Failure(String),
+}
+
+/// A virtual machine.
+pub struct Machine {
+    // Before the VM's memory goes, its vCPUs' threads have ended: see Drop.
+    vcpus: Vec<VcpuThread>,
+    vm: VmFd,
+    host: HostCpuid,
+    memory: GuestMemory,
+    buses: Buses,
+    slots: Slots,
+    facts: cmdline::Facts,
+    count: u32,
+    image: Option<Image>,
+    state: State,
+    end: Arc<Ending>,
+}
+
+/// What the guest boots from, until it is loaded.
+struct Image {
+    kernel: File,
+    initrd: Option<File>,
+    cmdline: String,
+}
+
+/// How the machine ended, and who is told.
+struct Ending {
+    reason: Mutex<Option<StopReason>>,
+    stopped: EventFd,
+}
+
+impl Ending {
+    /// The first reason counts.
+    fn set(&self, reason: StopReason) {
+        let mut known = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none() {
+            *known = Some(reason);
+            // The counter cannot overflow by one.
+            let _ = self.stopped.write(1);
+        }
+    }
+
+    fn get(&self) -> Option<StopReason> {
+        let known = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        known.clone()
+    }
+}
+
+impl Machine {
+    /// Makes the VM: memory and interrupt controllers. No vCPU yet, and no guest code loaded.
+    ///
+    /// # Errors
+    /// A configuration that cannot be, or KVM refuses: see [`MachineError`].
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        if !(1..=layout::MAX_VCPUS).contains(&config.vcpus) {
+            return Err(MachineError::Vcpus(config.vcpus));
+        }
+        let event = || {
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(host("making an event descriptor"))
+        };
+        let memory = memory::map(config.memory, config.memory_bytes)?;
+        let (vm, host_cpuid) = vm::create(config.kvm, &memory)?;
+        let mut buses = Buses::default();
+        let facts = cmdline::Facts {
+            emulated: host_cpuid.emulated(),
+            console: config.console.is_some(),
+            ..cmdline::Facts::default()
+        };
+        if let Some(output) = config.console {
+            let line = event()?;
+            vm.register_irqfd(&line, layout::SERIAL_GSI)
+                .map_err(kvm("KVM_IRQFD of the console"))?;
+            let console = Arc::new(Console::new(line, output));
+            Arc::make_mut(&mut buses.io).insert(layout::SERIAL_PORT, Console::PORTS, console)?;
+        }
+        Ok(Self {
+            vcpus: Vec::new(),
+            vm,
+            host: host_cpuid,
+            memory,
+            buses,
+            slots: Slots::default(),
+            facts,
+            count: config.vcpus,
+            image: Some(Image {
+                kernel: config.kernel,
+                initrd: config.initrd,
+                cmdline: config.cmdline,
+            }),
+            state: State::Configured,
+            end: Arc::new(Ending {
+                reason: Mutex::default(),
+                stopped: event()?,
+            }),
+        })
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+
+    /// Reserves a register page and an interrupt line for a virtio-mmio device.
+    ///
+    /// # Errors
+    /// No slot is left (there are 19), or the machine is past `Configured`.
+    pub fn allocate_slot(&mut self) -> Result<MmioSlot, MachineError> {
+        self.unspawned("take a device")?;
+        self.slots.take().ok_or(MachineError::Slots(Slots::COUNT))
+    }
+
+    /// Puts a virtio-mmio device into its slot: `device` answers the register page, a write to `irq` raises the
+    /// slot's interrupt line, and a driver's write of `n` to QueueNotify (offset 0x50) signals
+    /// `queue_notify[n]` without leaving KVM. The device is announced on the kernel's command line.
+    ///
+    /// # Errors
+    /// KVM refuses a registration, or the machine is past `Configured`.
+    pub fn connect(
+        &mut self,
+        slot: MmioSlot,
+        device: Arc<dyn BusDevice>,
+        irq: &EventFd,
+        queue_notify: &[EventFd],
+    ) -> Result<(), MachineError> {
+        /// Offset of the QueueNotify register (virtio 1.2, section 4.2.2).
+        const QUEUE_NOTIFY: u64 = 0x50;
+        self.unspawned("take a device")?;
+        self.vm
+            .register_irqfd(irq, slot.gsi)
+            .map_err(kvm("KVM_IRQFD of a device"))?;
+        let address = IoEventAddress::Mmio(slot.base + QUEUE_NOTIFY);
+        for (queue, event) in (0_u32..).zip(queue_notify) {
+            self.vm
+                .register_ioevent(event, &address, queue)
+                .map_err(kvm("KVM_IOEVENTFD of a queue"))?;
+        }
+        Arc::make_mut(&mut self.buses.mmio).insert(slot.base, layout::MMIO_SLOT_BYTES, device)?;
+        self.facts.devices.push((slot.base, slot.gsi));
+        Ok(())
+    }
+
+    /// Loads the kernel, makes the vCPUs and their threads; each runs `confine` and then waits. From
+    /// here on no device can be connected. Returns when every thread is confined.
+    ///
+    /// # Errors
+    /// A kernel, initrd or command line that cannot be loaded; KVM; a thread that could not be made or confined.
+    pub fn spawn(&mut self, confine: Confine) -> Result<(), MachineError> {
+        self.unspawned("be loaded")?;
+        let Some(image) = self.image.take() else {
+            return Err(self.wrong_state("be loaded a second time"));
+        };
+        kick::install_handler().map_err(|error| MachineError::Host {
+            action: "installing the handler of vCPU kicks",
+            source: error.into(),
+        })?;
+        let mut vcpus = Vec::new();
+        for index in 0..self.count {
+            vcpus.push(setup::create(&self.vm, &self.host, index, self.count)?);
+        }
+        self.facts.tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
+        let line = cmdline::build(&self.facts, &image.cmdline)?;
+        let image = BootImage {
+            kernel: image.kernel,
+            initrd: image.initrd,
+            cmdline: &line,
+            vcpus: self.count,
+        };
+        let entry = boot::load(&self.memory.memory(), image)?;
+        if let Some(first) = vcpus.first() {
+            setup::set_entry(first, entry)?;
+        }
+        for (index, vcpu) in (0..).zip(vcpus) {
+            let emulator = Emulator::new(&self.vm, self.memory.clone())
+                .map_err(|source| VcpuError::Emulator { index, source })?;
+            let parts = Parts {
+                index,
+                vcpu,
+                buses: self.buses.clone(),
+                emulator,
+                on_end: self.on_end(),
+            };
+            self.vcpus.push(VcpuThread::spawn(parts, confine.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Lets the guest run. Legal once, after [`Machine::spawn`].
+    ///
+    /// # Errors
+    /// [`MachineError::State`].
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        if self.state() != State::Configured || self.vcpus.is_empty() {
+            return Err(self.wrong_state("start"));
+        }
+        self.run();
+        Ok(())
+    }
+
+    /// Stops every vCPU where it can be continued. Returns when all have stopped executing guest code.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] unless running; a vCPU that does not answer.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if self.state() != State::Running {
+            return Err(self.wrong_state("pause"));
+        }
+        self.vcpus.iter().for_each(VcpuThread::pause);
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused()?;
+        }
+        self.state = State::Paused;
+        Ok(())
+    }
+
+    /// Continues a paused guest.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] unless paused.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if self.state() != State::Paused {
+            return Err(self.wrong_state("resume"));
+        }
+        self.run();
+        Ok(())
+    }
+
+    /// Ends the machine whatever its state, and waits for its threads. Idempotent. The stop reason is
+    /// [`StopReason::Requested`] unless the machine had stopped before.
+    pub fn stop(&mut self) {
+        self.end.set(StopReason::Requested);
+        self.vcpus.iter().for_each(VcpuThread::stop);
+        self.vcpus.iter_mut().for_each(VcpuThread::join);
+    }
+
+    /// Where the machine is. A machine that the guest or a failure ended is `Stopped` from that moment on.
+    pub fn state(&self) -> State {
+        match self.end.get() {
+            Some(_) => State::Stopped,
+            None => self.state,
+        }
+    }
+
+    /// Becomes readable when the machine has stopped, for whatever reason.
+    pub fn stopped_event(&self) -> &EventFd {
+        &self.end.stopped
+    }
+
+    /// Why the machine stopped; `None` while it has not.
+    pub fn stop_reason(&self) -> Option<StopReason> {
+        self.end.get()
+    }
+
+    /// VM exits by reason, summed over the vCPUs, under the names of `vmm.proto`.
+    pub fn exits(&self) -> Vec<(&'static str, u64)> {
+        let mut sums: Vec<(&'static str, u64)> = Vec::new();
+        for (name, count) in self.vcpus.iter().flat_map(|vcpu| vcpu.stats().snapshot()) {
+            match sums.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum = sum.saturating_add(count),
+                None => sums.push((name, count)),
+            }
+        }
+        sums
+    }
+
+    fn run(&mut self) {
+        self.state = State::Running;
+        self.vcpus.iter().for_each(VcpuThread::run);
+    }
+
+    fn on_end(&self) -> OnEnd {
+        let ending = Arc::clone(&self.end);
+        Arc::new(move |end| {
+            ending.set(match end {
+                End::Guest(how) => StopReason::Guest(how),
+                End::Failure(why) => StopReason::Failure(why),
+                End::Commanded => StopReason::Requested,
+            });
+        })
+    }
+
+    fn unspawned(&self, action: &'static str) -> Result<(), MachineError> {
+        match self.state() == State::Configured && self.vcpus.is_empty() {
+            true => Ok(()),
+            false => Err(self.wrong_state(action)),
+        }
+    }
+
+    fn wrong_state(&self, action: &'static str) -> MachineError {
+        MachineError::State {
+            action,
+            state: self.state(),
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { action, source }
+}
+
+fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+    move |source| MachineError::Host { action, source }
+}

@@ -1,1 +1,3 @@
-//! (in the making)
+//! How a guest's driver reaches a device.
+
+pub mod mmio;

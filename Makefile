@@ -1,0 +1,82 @@
+# Every task that a person runs. `make` builds, `make demo` shows, `make test` tests; `make help` lists them.
+# As root on Debian each installs with apt-get what it lacks; otherwise it says what to install.
+
+SHELL := /bin/bash
+PREFIX ?= /usr/local
+CARGO ?= cargo
+TARGET := x86_64-unknown-linux-gnu
+GUEST := target/guest
+LIBEXEC := target/libexec
+CELLA := target/release/cella
+
+# What builds; what tests beside it.
+BUILD_PACKAGES := build-essential libseccomp-dev cpio flex bison bc libelf-dev xz-utils linux-source-6.12
+TEST_PACKAGES := busybox-static qemu-system-x86 strace
+export CELLA_LIBEXEC_DIR := $(CURDIR)/$(LIBEXEC)
+
+.PHONY: all help build host guest kernel agent deps deps-build deps-test demo test lint fuzz bench bench-boot install clean
+
+all: build
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t14
+
+build: host guest ## Everything: host programs, guest kernel, guest image
+
+host: deps-build
+	$(CARGO) build --release --locked -p cella-host -p cella-vmm
+	@mkdir -p $(LIBEXEC)
+	@install -m755 target/release/cella-vmm $(LIBEXEC)/cella-vmm
+
+guest: kernel agent
+
+kernel: deps-build ## The guest kernel, from the cache if nothing changed
+	guest-kernel/build.sh $(GUEST)
+	@mkdir -p $(LIBEXEC)
+	@cmp -s $(GUEST)/vmlinux $(LIBEXEC)/vmlinux || install -m644 $(GUEST)/vmlinux $(LIBEXEC)/vmlinux
+
+agent: deps-build ## The guest image: the agent, static, in an archive
+	agent/initramfs.sh $(GUEST)/initrd.cpio
+	@mkdir -p $(LIBEXEC)
+	@install -m644 $(GUEST)/initrd.cpio $(LIBEXEC)/initrd.cpio
+
+deps-build:
+	@tests/deps.sh $(BUILD_PACKAGES)
+
+deps-test:
+	@tests/deps.sh $(BUILD_PACKAGES) $(TEST_PACKAGES)
+
+deps: deps-test ## The Debian packages that building and testing need
+
+demo: deps-test build ## A pod with two containers in a virtual machine of its own
+	tests/demo.sh
+
+test: deps-test build ## Every test that this machine can run; says which it could not, and why
+	tests/run.sh
+
+lint: ## Formatting, lints, licences and advisories
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo 'SKIPPED: cargo deny (cargo install cargo-deny)'; fi
+
+fuzz: ## Every fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)
+	tests/fuzz.sh
+
+bench: bench-boot ## Measures this host; results in target/bench
+	tests/bench.sh
+
+bench-boot: deps-test build ## Guest instructions (under QEMU) and VM exits (on KVM) of a boot
+	tests/bench-boot.sh
+
+install: build ## Installs under PREFIX (default /usr/local) and /usr/libexec/cella
+	install -D -m755 $(CELLA) $(DESTDIR)$(PREFIX)/bin/cella
+	install -D -m755 $(LIBEXEC)/cella-vmm $(DESTDIR)/usr/libexec/cella/cella-vmm
+	install -D -m644 $(LIBEXEC)/vmlinux $(DESTDIR)/usr/libexec/cella/vmlinux
+	install -D -m644 $(LIBEXEC)/initrd.cpio $(DESTDIR)/usr/libexec/cella/initrd.cpio
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	$(CELLA) man $(DESTDIR)$(PREFIX)/share/man/man1
+	$(CELLA) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/cella
+
+clean: ## Removes what was built here (not the kernel's cache)
+	rm -rf target

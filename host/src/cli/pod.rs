@@ -1,0 +1,158 @@
+//! A pod's sandbox: booted in the foreground by the only container's `run`, or owned by a process in the background
+//! for as long as the pod lives.
+
+use std::ffi::OsString;
+use std::fs::File;
+
+use super::{Context, Error, background};
+use crate::config::Config;
+use crate::error::ErrorKind;
+use crate::hypervisor::{self, Hypervisor};
+use crate::sandbox::dir::SandboxDir;
+use crate::sandbox::{Sandbox, SandboxSpec};
+use crate::size;
+use crate::timeline::Timeline;
+
+/// The virtual machine's shape.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MachineArgs {
+    /// What runs the virtual machine: auto, kvm or qemu [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = ["auto", "kvm", "qemu"])]
+    pub hypervisor: Option<String>,
+    /// The virtual machine's memory, such as 512M [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// The virtual machine's CPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+}
+
+/// The process that owns a pod's sandbox
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    id: String,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// The smallest guest memory that boots, and the largest that makes sense to ask for.
+const MEMORY: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 42;
+
+/// Boots a sandbox that this process owns.
+pub async fn boot(
+    context: &Context,
+    config: &Config,
+    id: &str,
+    pod: bool,
+    machine: &MachineArgs,
+    timeline: &Timeline,
+) -> Result<Sandbox, Error> {
+    let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
+    let hypervisor = choose(name)?;
+    let memory = machine.memory.as_deref().map(size::parse).transpose();
+    let memory_bytes = memory
+        .map_err(|e| Error::usage(format!("--memory: {e}")))?
+        .unwrap_or(config.memory_bytes);
+    if !MEMORY.contains(&memory_bytes) || memory_bytes % (1 << 20) != 0 {
+        return Err(Error::usage(format!(
+            "a sandbox's memory is 64 MiB to 4 TiB in whole MiB, not {memory_bytes} bytes"
+        )));
+    }
+    let vcpus = machine.cpus.unwrap_or(config.cpus);
+    if !(1..=32).contains(&vcpus) {
+        return Err(Error::usage(format!(
+            "a sandbox has 1 to 32 CPUs, not {vcpus}"
+        )));
+    }
+    let spec = SandboxSpec {
+        pod,
+        vcpus,
+        memory_bytes,
+        hostname: id.to_owned(),
+        cmdline: config.kernel_params.clone(),
+        console: console(context)?,
+    };
+    timeline.mark("vm-spawning");
+    let dir = SandboxDir::new(&context.paths, id)?;
+    Ok(Sandbox::boot(&context.paths, dir, hypervisor.as_ref(), spec, timeline).await?)
+}
+
+/// Attaches to a pod's sandbox; boots it first, in the background, if it does not run.
+pub async fn join(context: &Context, id: &str, machine: &MachineArgs) -> Result<Sandbox, Error> {
+    let dir = SandboxDir::new(&context.paths, id)?;
+    if !dir.is_owned() {
+        match background::spawn(&owner_arguments(context, id, machine), &[]) {
+            Err(Error::Background { message, .. }) if dir.is_owned() => {
+                // Another process was faster.
+                tracing::debug!("{message}");
+            }
+            other => other?,
+        }
+    }
+    Ok(Sandbox::attach(dir).await?)
+}
+
+/// Owns a pod's sandbox until it is told to end (SIGTERM) or its virtual machine has ended.
+pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let config = Config::load(&context.paths)?;
+    let mut term =
+        signal(SignalKind::terminate()).map_err(|e| Error::host("watching for signals", e))?;
+    let timeline = Timeline::new();
+    let sandbox = boot(context, &config, &args.id, true, &args.machine, &timeline).await?;
+    background::report_ready();
+    tokio::select! {
+        _ = term.recv() => sandbox.stop().await?,
+        ended = sandbox.ended() => {
+            tracing::info!("sandbox {} ended: {}", args.id, ended.message);
+            sandbox.stop().await?;
+        }
+    }
+    Ok(0)
+}
+
+/// The hypervisor of that name.
+pub fn choose(name: &str) -> Result<Box<dyn Hypervisor>, Error> {
+    match name {
+        "auto" | "kvm" => Ok(Box::new(hypervisor::kvm::Kvm)),
+        other => Err(Error::Usage {
+            kind: ErrorKind::Unimplemented,
+            message: format!("hypervisor {other} is not there yet; use kvm"),
+        }),
+    }
+}
+
+fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<OsString> {
+    let paths = &context.paths;
+    let mut arguments: Vec<OsString> = vec!["pod-owner".into()];
+    let mut flag = |name: &str, value: Option<OsString>| {
+        if let Some(value) = value {
+            arguments.push(name.into());
+            arguments.push(value);
+        }
+    };
+    flag("--run-dir", Some(paths.run_dir.clone().into()));
+    flag("--lib-dir", Some(paths.lib_dir.clone().into()));
+    flag("--libexec-dir", Some(paths.libexec_dir.clone().into()));
+    flag("--config", paths.config.clone().map(Into::into));
+    flag("--hypervisor", machine.hypervisor.clone().map(Into::into));
+    flag("--memory", machine.memory.clone().map(Into::into));
+    flag("--cpus", machine.cpus.map(|cpus| cpus.to_string().into()));
+    if context.debug {
+        arguments.push("--debug".into());
+    }
+    arguments.push("--".into());
+    arguments.push(id.into());
+    arguments
+}
+
+/// With --debug, the guest's console is this process's standard error.
+fn console(context: &Context) -> Result<Option<File>, Error> {
+    if !context.debug {
+        return Ok(None);
+    }
+    let stderr = rustix::stdio::stderr().try_clone_to_owned();
+    stderr
+        .map(|fd| Some(File::from(fd)))
+        .map_err(|e| Error::host("giving standard error to the guest's console", e))
+}

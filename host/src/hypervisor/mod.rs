@@ -1,0 +1,136 @@
+//! The hypervisor behind one narrow trait: how a sandbox's virtual machine comes to be and ends.
+
+mod channel;
+pub mod kvm;
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use cella_proto::vmm::{Stats, StopReason};
+
+use crate::error::ErrorKind;
+
+/// The virtual machine that a sandbox asks for.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// Of the sandbox; for messages and process titles.
+    pub id: String,
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// Guest RAM in bytes, a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// The cella-vmm binary.
+    pub vmm: PathBuf,
+    /// ELF vmlinux.
+    pub kernel: PathBuf,
+    /// Uncompressed cpio archive.
+    pub initrd: PathBuf,
+    /// Words appended to the kernel's command line.
+    pub cmdline: String,
+    /// The directory served to the guest by virtiofs, tag `share`.
+    pub share: PathBuf,
+    /// Where guest connections to CID 2 port P find the socket `<sockets>/<P>`.
+    pub sockets: PathBuf,
+    /// The socket on which the VMM listens for connections into the guest.
+    pub vsock: PathBuf,
+    /// The guest's console, if it shall have one.
+    pub console: Option<File>,
+}
+
+/// How a virtual machine ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Who ended it.
+    pub reason: StopReason,
+    /// One line for a person.
+    pub message: String,
+}
+
+/// Why a virtual machine could not be made or asked something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What the host lacks: no KVM, no kernel, no right.
+    #[error("{what} {}: {source}", path.display())]
+    Missing {
+        /// What was being done.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A system call failed.
+    #[error("{action}: {source}")]
+    Host {
+        /// What was being done, on what.
+        action: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM refused.
+    #[error("the VMM of sandbox {id}: {message}")]
+    Refused {
+        /// The sandbox.
+        id: String,
+        /// The kind that the VMM gave.
+        kind: ErrorKind,
+        /// Its reason.
+        message: String,
+    },
+    /// The virtual machine is gone.
+    #[error("the virtual machine of sandbox {id} ended: {message}")]
+    Gone {
+        /// The sandbox.
+        id: String,
+        /// How.
+        message: String,
+    },
+}
+
+impl Error {
+    /// The kind of this failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing { .. } => ErrorKind::FailedPrecondition,
+            Self::Host { source, .. } => ErrorKind::from(source),
+            Self::Refused { kind, .. } => *kind,
+            Self::Gone { .. } => ErrorKind::Unavailable,
+        }
+    }
+
+    pub(crate) fn host(action: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self::Host {
+            action: action.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// A running virtual machine. Dropping it ends it.
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// The process id of the VMM on the host.
+    fn pid(&self) -> u32;
+    /// Stops every vCPU where it is.
+    async fn pause(&self) -> Result<(), Error>;
+    /// Lets the vCPUs go on.
+    async fn resume(&self) -> Result<(), Error>;
+    /// Ends the machine; [`Vm::wait`] returns soon after.
+    async fn stop(&self) -> Result<(), Error>;
+    /// Returns when the machine has ended, at once if it has.
+    async fn wait(&self) -> Ended;
+    /// What the machine has cost so far.
+    async fn stats(&self) -> Result<Stats, Error>;
+}
+
+/// Makes virtual machines.
+#[async_trait]
+pub trait Hypervisor: Send + Sync {
+    /// The word that chooses it on the command line.
+    fn name(&self) -> &'static str;
+    /// Makes a virtual machine and lets it run.
+    async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error>;
+}

@@ -1,0 +1,547 @@
+//! A sandbox: one virtual machine, its agent, and the containers in it.
+//!
+//! | file | what lives there |
+//! | --- | --- |
+//! | [`dir`] | its directory on the host |
+//! | [`state`] | what is written down of it |
+//! | [`agent`] | the connection to its agent |
+//! | [`stdio`] | standard streams as connections |
+//! | [`volume`] | what containers see of the host |
+//! | [`gc`] | what dead processes left |
+
+pub mod agent;
+pub mod dir;
+mod error;
+pub mod gc;
+pub mod state;
+pub mod stdio;
+pub mod volume;
+
+use std::fs::File;
+use std::time::Duration;
+
+use cella_proto::agent::{
+    ContainerRef, CreateContainerRequest, ExecRequest, Exit, InfoResponse, Mount, ProcessRef,
+    Ready, ResizeTerminalRequest, SetUpSandboxRequest, SignalRequest, StatsResponse, Stdio,
+};
+use cella_proto::vmm::Stats;
+use oci_spec::runtime::{Process, Spec};
+use tokio::net::UnixListener;
+use ttrpc::context::Context;
+
+pub use self::agent::Agent;
+use self::dir::{BootLock, OwnerLock, SandboxDir};
+pub use self::error::{Error, StartFailure};
+use self::state::{ProcessId, SandboxState};
+use crate::error::ErrorKind;
+use crate::hypervisor::{self, Hypervisor, Vm, VmSpec};
+use crate::paths::Paths;
+use crate::timeline::Timeline;
+
+/// Where the guest sees the host's shared directory.
+pub const GUEST_SHARE: &str = "/run/cella/share";
+/// How long a guest may take from its first instruction to its agent's call. Where KVM has no hardware, a cold
+/// boot takes up to 20 s.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long the agent may take to end the containers and power off before the machine is just stopped.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What a new sandbox shall be.
+#[derive(Debug)]
+pub struct SandboxSpec {
+    /// It outlives its containers.
+    pub pod: bool,
+    /// 1 to 32.
+    pub vcpus: u32,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// The pod's host name.
+    pub hostname: String,
+    /// Words for the guest kernel's command line.
+    pub cmdline: String,
+    /// The guest's console goes there.
+    pub console: Option<File>,
+}
+
+/// A living sandbox: owned, if this process booted it, or attached.
+pub struct Sandbox {
+    dir: SandboxDir,
+    agent: Agent,
+    owned: Option<Owned>,
+}
+
+struct Owned {
+    vm: Box<dyn Vm>,
+    _lock: OwnerLock,
+}
+
+/// Removes a sandbox's directory unless it got a sandbox.
+struct Unfinished(Option<SandboxDir>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.0
+            && let Err(error) = dir.remove()
+        {
+            tracing::warn!("removing unfinished sandbox {}: {error}", dir.id());
+        }
+    }
+}
+
+impl Sandbox {
+    /// Boots a sandbox and sets it up; it is ready for containers.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: the id is in use. After any error nothing is left of it.
+    pub async fn boot(
+        paths: &Paths,
+        dir: SandboxDir,
+        hypervisor: &dyn Hypervisor,
+        spec: SandboxSpec,
+        timeline: &Timeline,
+    ) -> Result<Self, Error> {
+        let (lock, booting) = dir.create()?;
+        // From here on the directory is this call's to remove. The machine, made later, is dropped before.
+        let mut unfinished = Unfinished(Some(dir.clone()));
+        let made = Self::bring_up(paths, &dir, hypervisor, spec, lock, booting, timeline).await;
+        if made.is_ok() {
+            unfinished.0 = None;
+        }
+        made
+    }
+
+    async fn bring_up(
+        paths: &Paths,
+        dir: &SandboxDir,
+        hypervisor: &dyn Hypervisor,
+        spec: SandboxSpec,
+        lock: OwnerLock,
+        _booting: BootLock,
+        timeline: &Timeline,
+    ) -> Result<Self, Error> {
+        let dialled = dir.sockets().join(agent::AGENT_PORT.to_string());
+        let listener = UnixListener::bind(&dialled)
+            .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
+        dir::open_to_vmm(&dialled)?;
+        let request = set_up_request(&spec)?;
+        let mut state = SandboxState {
+            id: dir.id().to_owned(),
+            pod: spec.pod,
+            hypervisor: hypervisor.name().to_owned(),
+            owner: ProcessId::own(),
+            vmm: ProcessId::own(),
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            created: state::now(),
+        };
+        let vm = hypervisor.boot(vm_spec(paths, dir, spec)).await?;
+        timeline.mark("vm-started");
+        state.vmm = ProcessId::of(vm.pid()).unwrap_or(state.vmm);
+        dir.write_state(&state)?;
+        let agent = tokio::select! {
+            agent = first_call(&listener) => agent?,
+            ended = vm.wait() => return Err(gone(dir, &ended).into()),
+        };
+        timeline.ready(agent.ready().await?, started_us(vm.as_ref()).await);
+        agent
+            .client()
+            .set_up_sandbox(Context::default(), &request)
+            .await
+            .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
+        timeline.mark("sandbox-set-up");
+        Ok(Self {
+            dir: dir.clone(),
+            agent,
+            owned: Some(Owned { vm, _lock: lock }),
+        })
+    }
+
+    /// Connects to a sandbox that another process owns, once it has booted.
+    ///
+    /// # Errors
+    /// `NotFound`: there is none of that id that lives.
+    pub async fn attach(dir: SandboxDir) -> Result<Self, Error> {
+        dir.wait_booted().await?;
+        if !dir.is_owned() {
+            return Err(Error::state(
+                ErrorKind::NotFound,
+                format!("no sandbox {} is running", dir.id()),
+            ));
+        }
+        let stream = agent::dial(&dir.vsock(), agent::AGENT_PORT).await?;
+        let agent = Agent::new(stream).await?;
+        Ok(Self {
+            dir,
+            agent,
+            owned: None,
+        })
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &SandboxDir {
+        &self.dir
+    }
+
+    /// What the agent said when it was ready.
+    ///
+    /// # Errors
+    /// `Unavailable`: it is gone.
+    pub async fn ready(&self) -> Result<Ready, Error> {
+        self.agent.ready().await
+    }
+
+    /// Makes a container; its `spec` has the guest's paths ([`volume::Volumes`] makes them so).
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn create(&self, id: &str, spec: &Spec, stdio: Stdio) -> Result<u32, Error> {
+        let action = || format!("creating container {id}");
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec: serde_json::to_vec(spec).map_err(|e| Error::host(action(), e))?,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let created = self
+            .guard_start(
+                self.agent
+                    .client()
+                    .create_container(Context::default(), &request),
+                action,
+            )
+            .await?;
+        Ok(created.pid)
+    }
+
+    /// Makes a process in a running container.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: &Process,
+        stdio: Stdio,
+    ) -> Result<(), Error> {
+        let action = || format!("making process {exec} in container {id}");
+        let request = ExecRequest {
+            container_id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            process: serde_json::to_vec(process).map_err(|e| Error::host(action(), e))?,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.guard_start(
+            self.agent.client().exec(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Starts a created container (`exec` empty) or process.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn start(&self, id: &str, exec: &str) -> Result<u32, Error> {
+        let action = || format!("starting {}", name(id, exec));
+        let request = process_ref(id, exec);
+        let started = self
+            .guard_start(
+                self.agent.client().start(Context::default(), &request),
+                action,
+            )
+            .await?;
+        Ok(started.pid)
+    }
+
+    /// Sends a signal to a process, or to all of its container.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let request = SignalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        let action = || format!("sending signal {signal} to {}", name(id, exec));
+        self.guard(
+            self.agent.client().signal(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Waits for the end of a container's init (`exec` empty) or of another process.
+    ///
+    /// # Errors
+    /// `Unavailable`: the virtual machine or the agent is gone.
+    pub async fn wait(&self, id: &str, exec: &str) -> Result<Exit, Error> {
+        let action = || format!("waiting for {}", name(id, exec));
+        match self.owned.as_ref() {
+            None => self.agent.exit(id, exec).await,
+            Some(owned) => tokio::select! {
+                biased;
+                exit = self.agent.exit(id, exec) => match exit {
+                    Ok(exit) => Ok(exit),
+                    // The connection ends with the machine: its own reason says more.
+                    Err(error) => Err(self.why(owned, error).await),
+                },
+                ended = owned.vm.wait() => Err(Error::state(
+                    ErrorKind::Unavailable,
+                    format!("{}: the virtual machine ended: {}", action(), ended.message),
+                )),
+            },
+        }
+    }
+
+    /// Forgets a stopped process or container.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<(), Error> {
+        let action = || format!("deleting {}", name(id, exec));
+        let request = process_ref(id, exec);
+        self.guard(
+            self.agent.client().delete(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Changes a terminal's size.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn resize(&self, id: &str, exec: &str, size: (u16, u16)) -> Result<(), Error> {
+        let request = ResizeTerminalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            rows: size.0.into(),
+            columns: size.1.into(),
+            ..Default::default()
+        };
+        let action = || format!("resizing the terminal of {}", name(id, exec));
+        self.guard(
+            self.agent
+                .client()
+                .resize_terminal(Context::default(), &request),
+            action,
+        )
+        .await
+        .map(drop)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+        let request = ContainerRef {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let action = || format!("reading the statistics of container {id}");
+        self.guard(
+            self.agent.client().stats(Context::default(), &request),
+            action,
+        )
+        .await
+    }
+
+    /// Facts of the guest and its agent.
+    ///
+    /// # Errors
+    /// `Unavailable`: it is gone.
+    pub async fn info(&self) -> Result<InfoResponse, Error> {
+        let action = || "asking the agent for its facts".to_owned();
+        self.guard(
+            self.agent
+                .client()
+                .info(Context::default(), &Default::default()),
+            action,
+        )
+        .await
+    }
+
+    /// What the virtual machine has cost; only its owner can ask.
+    ///
+    /// # Errors
+    /// `FailedPrecondition`: another process owns it.
+    pub async fn vm_stats(&self) -> Result<Stats, Error> {
+        match &self.owned {
+            Some(owned) => Ok(owned.vm.stats().await?),
+            None => Err(Error::state(
+                ErrorKind::FailedPrecondition,
+                format!("sandbox {} is owned by another process", self.dir.id()),
+            )),
+        }
+    }
+
+    /// Returns when the owned virtual machine has ended; never for an attached one.
+    pub async fn ended(&self) -> hypervisor::Ended {
+        match &self.owned {
+            Some(owned) => owned.vm.wait().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ends an owned sandbox with everything in it and removes it from the host. An attached one is only left.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub async fn stop(mut self) -> Result<(), Error> {
+        let Some(owned) = self.owned.take() else {
+            return Ok(());
+        };
+        let request = Default::default();
+        let asked = async {
+            let _ = self
+                .agent
+                .client()
+                .shutdown(Context::default(), &request)
+                .await;
+            owned.vm.wait().await
+        };
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, asked).await.is_err() {
+            tracing::debug!("sandbox {} did not power off by itself", self.dir.id());
+        }
+        owned.vm.stop().await?;
+        drop(owned);
+        self.dir.remove()
+    }
+
+    /// Waits for the agent's answer, and gives its failure the virtual machine's end as reason, if that is it.
+    async fn guard<T>(
+        &self,
+        call: impl Future<Output = ttrpc::Result<T>>,
+        action: impl Fn() -> String,
+    ) -> Result<T, Error> {
+        match (call.await, &self.owned) {
+            (Ok(answer), _) => Ok(answer),
+            (Err(error), Some(owned)) => Err(self.why(owned, Error::agent(action(), error)).await),
+            (Err(error), None) => Err(Error::agent(action(), error)),
+        }
+    }
+
+    /// The same of a call that makes or starts a process.
+    async fn guard_start<T>(
+        &self,
+        call: impl Future<Output = ttrpc::Result<T>>,
+        action: impl Fn() -> String,
+    ) -> Result<T, Error> {
+        match (call.await, &self.owned) {
+            (Ok(answer), _) => Ok(answer),
+            (Err(error), Some(owned)) => {
+                Err(self.why(owned, Error::starting(action(), error)).await)
+            }
+            (Err(error), None) => Err(Error::starting(action(), error)),
+        }
+    }
+
+    async fn why(&self, owned: &Owned, error: Error) -> Error {
+        if error.kind() != ErrorKind::Unavailable {
+            return error;
+        }
+        // The two ends come within moments of each other, in either order.
+        match tokio::time::timeout(Duration::from_millis(500), owned.vm.wait()).await {
+            Ok(ended) => gone(&self.dir, &ended).into(),
+            Err(_) => error,
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Not stopped: the virtual machine first, then what it used.
+        if self.owned.take().is_some()
+            && let Err(error) = self.dir.remove()
+        {
+            tracing::warn!("removing sandbox {}: {error}", self.dir.id());
+        }
+    }
+}
+
+async fn first_call(listener: &UnixListener) -> Result<Agent, Error> {
+    let accepted = tokio::time::timeout(BOOT_TIMEOUT, listener.accept()).await;
+    match accepted {
+        Ok(Ok((stream, _))) => Agent::new(stream).await,
+        Ok(Err(e)) => Err(Error::host("accepting the agent's call", e)),
+        Err(_) => Err(Error::state(
+            ErrorKind::DeadlineExceeded,
+            format!(
+                "waiting for the agent: it did not call within {} s",
+                BOOT_TIMEOUT.as_secs()
+            ),
+        )),
+    }
+}
+
+/// When the first guest instruction ran, for the timeline; 0 if the VMM does not say.
+async fn started_us(vm: &dyn Vm) -> u64 {
+    vm.stats().await.map_or(0, |stats| stats.started_us)
+}
+
+fn gone(dir: &SandboxDir, ended: &hypervisor::Ended) -> hypervisor::Error {
+    hypervisor::Error::Gone {
+        id: dir.id().to_owned(),
+        message: ended.message.clone(),
+    }
+}
+
+fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec) -> VmSpec {
+    VmSpec {
+        id: dir.id().to_owned(),
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+        vmm: paths.vmm(),
+        kernel: paths.kernel(),
+        initrd: paths.initrd(),
+        cmdline: spec.cmdline,
+        share: dir.share(),
+        sockets: dir.sockets(),
+        vsock: dir.vsock(),
+        console: spec.console,
+    }
+}
+
+fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
+    let mut entropy = vec![0; 64];
+    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Error::host("drawing entropy for the guest", e))?;
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(SetUpSandboxRequest {
+        hostname: spec.hostname.clone(),
+        mounts: vec![Mount {
+            source: "share".into(),
+            destination: GUEST_SHARE.into(),
+            fstype: "virtiofs".into(),
+            ..Default::default()
+        }],
+        clock_ns: clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0)),
+        entropy,
+        ..Default::default()
+    })
+}
+
+fn process_ref(id: &str, exec: &str) -> ProcessRef {
+    ProcessRef {
+        container_id: id.to_owned(),
+        exec_id: exec.to_owned(),
+        ..Default::default()
+    }
+}
+
+fn name(id: &str, exec: &str) -> String {
+    if exec.is_empty() {
+        format!("container {id}")
+    } else {
+        format!("process {exec} of container {id}")
+    }
+}

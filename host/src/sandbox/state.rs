@@ -1,0 +1,194 @@
+//! What is written down of sandboxes and containers, for whoever comes after the process that made them.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::error::Error;
+use crate::error::ErrorKind;
+
+/// The largest state file that is read, bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// A process by its id and its start, so that a reused id is not taken for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// On the host.
+    pub pid: u32,
+    /// Clock ticks since the host's boot (field 22 of /proc/PID/stat).
+    pub start_ticks: u64,
+}
+
+impl ProcessId {
+    /// The process that has `pid` now; `None` if there is none.
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The second field, the command in parentheses, may hold anything.
+        let start_ticks = stat
+            .rsplit_once(')')?
+            .1
+            .split_whitespace()
+            .nth(19)?
+            .parse()
+            .ok()?;
+        Some(Self { pid, start_ticks })
+    }
+
+    /// The calling process.
+    pub fn own() -> Self {
+        let pid = std::process::id();
+        Self::of(pid).unwrap_or(Self {
+            pid,
+            start_ticks: 0,
+        })
+    }
+
+    /// Whether it still exists.
+    pub fn is_alive(&self) -> bool {
+        Self::of(self.pid) == Some(*self)
+    }
+
+    /// Sends `signal`, if it still exists; says whether it did.
+    pub fn signal(&self, signal: Signal) -> bool {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
+            return false;
+        };
+        // The pidfd pins the process before its identity is checked.
+        let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
+            return false;
+        };
+        self.is_alive() && rustix::process::pidfd_send_signal(&pidfd, signal).is_ok()
+    }
+
+    /// Kills it, if it still exists; says whether it did.
+    pub fn kill(&self) -> bool {
+        self.signal(Signal::KILL)
+    }
+}
+
+/// A sandbox, as its owner wrote it down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SandboxState {
+    /// Its id.
+    pub id: String,
+    /// Made by `--pod`: it outlives its containers until it is stopped.
+    pub pod: bool,
+    /// The hypervisor's name.
+    pub hypervisor: String,
+    /// The process that holds the lock.
+    pub owner: ProcessId,
+    /// The VMM.
+    pub vmm: ProcessId,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Seconds since the epoch.
+    pub created: u64,
+}
+
+/// Where a container is in its life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Made, not started.
+    Created,
+    /// Its init runs.
+    Running,
+    /// Its init has ended.
+    Exited {
+        /// 0..255, 128+N for signal N.
+        code: u32,
+        /// The kernel killed for memory in it.
+        oom_killed: bool,
+    },
+}
+
+/// A container, as its runner wrote it down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ContainerState {
+    /// Its id.
+    pub id: String,
+    /// The sandbox that it is in.
+    pub sandbox: String,
+    /// As given on the command line.
+    pub image: String,
+    /// Its init's arguments.
+    pub command: Vec<String>,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Made by `-d`: its record stays when it has ended.
+    pub detached: bool,
+    /// The process that takes its output and writes its end.
+    pub runner: ProcessId,
+    /// Seconds since the epoch.
+    pub created: u64,
+}
+
+/// Reads a state file.
+///
+/// # Errors
+/// It cannot be read, is too large or is no `T`.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let action = || format!("reading {}", path.display());
+    let meta = fs::metadata(path).map_err(|e| Error::host(action(), e))?;
+    if meta.len() > MAX_FILE {
+        return Err(Error::state(
+            ErrorKind::InvalidArgument,
+            format!("{}: {} bytes are too many", action(), meta.len()),
+        ));
+    }
+    let text = fs::read(path).map_err(|e| Error::host(action(), e))?;
+    serde_json::from_slice(&text).map_err(|e| Error::host(action(), e))
+}
+
+/// Writes a state file, whole or not at all.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let action = || format!("writing {}", path.display());
+    let text = serde_json::to_vec_pretty(value).map_err(|e| Error::host(action(), e))?;
+    let temporary = path.with_extension("new");
+    let written = fs::File::create(&temporary)
+        .and_then(|mut file| file.write_all(&text))
+        .and_then(|()| fs::rename(&temporary, path));
+    written.map_err(|e| Error::host(action(), e))
+}
+
+/// Seconds since the epoch.
+pub fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_start_as_well() {
+        let own = ProcessId::own();
+        assert!(own.is_alive());
+        let reused = ProcessId {
+            start_ticks: own.start_ticks + 1,
+            ..own
+        };
+        assert!(!reused.is_alive());
+        assert!(!reused.kill(), "would have ended this test");
+    }
+
+    #[test]
+    fn a_damaged_state_file_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sandbox.json");
+        fs::write(&path, "{\"id\":").unwrap();
+        let error = read::<SandboxState>(&path).unwrap_err();
+        assert!(error.to_string().contains("sandbox.json"), "{error}");
+    }
+}

@@ -1,0 +1,176 @@
+//! What a container sees of the host: directories and files, bound into the sandbox's shared directory.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags};
+
+use super::GUEST_SHARE;
+use super::dir::SandboxDir;
+use super::error::Error;
+use crate::error::ErrorKind;
+
+/// The most volumes of one container.
+const MAX_VOLUMES: usize = 1024;
+
+/// Makes a container's spec the guest's: binds every host path that it names under the container's shared directory,
+/// and puts the guest's path in its place. The root file system is at `rootfs` there already, or is to be mounted.
+///
+/// # Errors
+/// `InvalidArgument`: a source does not exist, or there are too many.
+pub fn share(dir: &SandboxDir, id: &str, spec: &mut Spec) -> Result<(), Error> {
+    let on_host = dir.container_share(id);
+    let in_guest = Path::new(GUEST_SHARE).join(id);
+    if let Some(root) = spec.root_mut() {
+        root.set_path(in_guest.join("rootfs"));
+    }
+    let mounts = spec
+        .mounts_mut()
+        .as_mut()
+        .map_or(&mut [][..], Vec::as_mut_slice);
+    let binds = mounts.iter_mut().filter(|mount| is_bind(mount));
+    for (index, mount) in binds.enumerate() {
+        if index >= MAX_VOLUMES {
+            return Err(Error::state(
+                ErrorKind::InvalidArgument,
+                format!("container {id} has more than {MAX_VOLUMES} volumes"),
+            ));
+        }
+        let place = Path::new("volumes").join(index.to_string());
+        let source = mount.source().clone().unwrap_or_default();
+        bind(&source, &on_host.join(&place), has_option(mount, "ro"))?;
+        mount.set_source(Some(in_guest.join(&place)));
+        // virtiofs has files and directories; the guest's kernel needs the flag, not the type.
+        mount.set_typ(Some("bind".into()));
+    }
+    Ok(())
+}
+
+/// The mount that `--volume SRC:DST[:ro]` stands for.
+///
+/// # Errors
+/// `InvalidArgument`: it is not of that form, or a path is not absolute.
+pub fn parse(volume: &str) -> Result<Mount, Error> {
+    let wrong = |why: &str| {
+        Error::state(
+            ErrorKind::InvalidArgument,
+            format!("volume '{volume}': {why}; it is SRC:DST[:ro]"),
+        )
+    };
+    let mut parts = volume.split(':');
+    let (Some(source), Some(destination)) = (parts.next(), parts.next()) else {
+        return Err(wrong("there is no destination"));
+    };
+    let mode = match (parts.next(), parts.next()) {
+        (None | Some("rw"), None) => "rw",
+        (Some("ro"), None) => "ro",
+        _ => return Err(wrong("its mode is neither ro nor rw")),
+    };
+    let source = fs::canonicalize(source).map_err(|e| wrong(&format!("source {source}: {e}")))?;
+    if !destination.starts_with('/') {
+        return Err(wrong("the destination is no absolute path"));
+    }
+    let mut mount = Mount::default();
+    mount.set_source(Some(source));
+    mount.set_destination(PathBuf::from(destination));
+    mount.set_typ(Some("bind".into()));
+    mount.set_options(Some(vec!["rbind".into(), "rprivate".into(), mode.into()]));
+    Ok(mount)
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
+}
+
+fn has_option(mount: &Mount, option: &str) -> bool {
+    let options = mount.options().as_deref().unwrap_or_default();
+    options.iter().any(|o| o == option)
+}
+
+/// Binds `source`, a directory or a file, at `target`, which is made. Read-only is enforced here too: the guest is
+/// not trusted to keep it.
+///
+/// # Errors
+/// `InvalidArgument`: the source does not exist.
+pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
+    let action = || format!("sharing {} with the guest", source.display());
+    let host = |e: std::io::Error| Error::host(action(), e);
+    let meta = fs::metadata(source)
+        .map_err(|e| Error::state(ErrorKind::InvalidArgument, format!("{}: {e}", action())))?;
+    let parent = target.parent().unwrap_or(target);
+    fs::create_dir_all(parent).map_err(host)?;
+    if meta.is_dir() {
+        fs::create_dir(target).map_err(host)?;
+    } else {
+        File::create_new(target).map_err(host)?;
+    }
+    // Attached whole: what reaches the VMM's jail by propagation is a copy made at that moment, which no later
+    // remount would change.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, source, flags).map_err(|e| host(e.into()))?;
+    let mut attributes = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    if read_only {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    set_attributes(&tree, attributes).map_err(host)?;
+    let from_tree = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&tree, c"", CWD, target, from_tree).map_err(|e| host(e.into()))
+}
+
+/// Sets attributes on every mount of a detached tree and makes each private. See mount_setattr(2).
+fn set_attributes(tree: &OwnedFd, attributes: u64) -> io::Result<()> {
+    let setting = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is a C string, and `setting` is the structure whose size is given; both outlive the call.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const setting,
+            size_of_val(&setting),
+        )
+    };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_parsed_and_nonsense_is_told() {
+        let mount = parse("/tmp:/data:ro").unwrap();
+        assert_eq!(mount.destination(), Path::new("/data"));
+        assert!(has_option(&mount, "ro"));
+        assert!(has_option(&parse("/tmp:/data").unwrap(), "rw"));
+        for wrong in [
+            "/tmp",
+            "/tmp:data",
+            "/nonexistent-x:/d",
+            "/tmp:/d:rx",
+            "/tmp:/d:ro:x",
+            "",
+        ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What `Configure` asks for, checked: a machine and its devices.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+
+use cella_proto::vmm::{Configure, Device, ErrorKind, device};
+
+use super::Refusal;
+use super::packet::Fds;
+use crate::machine::MachineConfig;
+use crate::machine::devices::DeviceSpec;
+
+/// Most bytes of a virtiofs tag (virtio 1.2, section 5.11.4).
+const MAX_TAG: usize = 36;
+
+/// Most bytes of a disk's serial number (virtio 1.2, section 5.2.6).
+const MAX_SERIAL: usize = 20;
+
+/// CIDs below this and the highest are not a guest's (virtio 1.2, section 5.10.4).
+const FIRST_GUEST_CID: u64 = 3;
+
+/// Takes a `Configure` and its file descriptors apart.
+///
+/// # Errors
+/// A file descriptor that is missing or named twice, or a value out of its range; kernel, memory and CPUs are the
+/// machine's to judge.
+pub fn parse(
+    configure: &Configure,
+    fds: &mut Fds,
+) -> Result<(MachineConfig, Vec<DeviceSpec>), Refusal> {
+    let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
+    let config = MachineConfig {
+        kvm: file(configure.kvm_fd, "kvm_fd")?,
+        memory: file(configure.memory_fd, "memory_fd")?,
+        memory_bytes: configure.memory_bytes,
+        vcpus: configure.vcpus,
+        kernel: file(configure.kernel_fd, "kernel_fd")?,
+        initrd: configure
+            .initrd_fd
+            .map(|index| file(index, "initrd_fd"))
+            .transpose()?,
+        cmdline: configure.cmdline.clone(),
+        console: configure
+            .console_fd
+            .map(|index| file(index, "console_fd"))
+            .transpose()?,
+    };
+    let specs = configure
+        .devices
+        .iter()
+        .map(|device| device_spec(device, fds))
+        .collect::<Result<_, _>>()?;
+    Ok((config, specs))
+}
+
+fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
+    match &device.device {
+        Some(device::Device::Vsock(vsock)) => {
+            if !(FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&vsock.guest_cid) {
+                return Err(invalid(format!(
+                    "vsock: {} is no CID of a guest",
+                    vsock.guest_cid
+                )));
+            }
+            let listener = take(fds, vsock.listener_fd, "vsock.listener_fd")?;
+            Ok(DeviceSpec::Vsock {
+                guest_cid: vsock.guest_cid,
+                listener: UnixListener::from(listener),
+            })
+        }
+        Some(device::Device::Fs(fs)) => {
+            let tag = bounded(&fs.tag, MAX_TAG, "fs.tag")?;
+            if tag.is_empty() {
+                return Err(invalid("fs.tag is empty".to_owned()));
+            }
+            Ok(DeviceSpec::Fs { tag })
+        }
+        Some(device::Device::Block(block)) => Ok(DeviceSpec::Block {
+            file: take(fds, block.file_fd, "block.file_fd")?.into(),
+            read_only: block.read_only,
+            serial: bounded(&block.serial, MAX_SERIAL, "block.serial")?,
+        }),
+        Some(device::Device::Rng(_)) => Ok(DeviceSpec::Rng),
+        _ => Err(invalid("a device is of no kind that is known".to_owned())),
+    }
+}
+
+fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {
+    fds.take(index).ok_or_else(|| {
+        invalid(format!(
+            "{what}: no file descriptor {index} came with the request, or it is named twice"
+        ))
+    })
+}
+
+fn bounded(text: &str, max: usize, what: &str) -> Result<String, Refusal> {
+    if text.len() > max {
+        return Err(invalid(format!("{what} is longer than {max} bytes")));
+    }
+    Ok(text.to_owned())
+}
+
+fn invalid(message: String) -> Refusal {
+    Refusal {
+        kind: ErrorKind::ERROR_KIND_INVALID_ARGUMENT,
+        message: format!("configuring the machine: {message}"),
+    }
+}

@@ -1,0 +1,207 @@
+//! What each request does to the machine.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use cella_proto::vmm::{Configure, Done, ErrorKind, Request, Started, Stats, reply, request};
+use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
+
+use super::packet::{self, Fds};
+use super::{Context, MACHINE_STOPPED, Refusal, configure, memory};
+use crate::jail::ThreadKind;
+use crate::machine::devices::Devices;
+use crate::machine::worker::Worker;
+use crate::machine::{Confine, Machine, MachineError, StopReason};
+
+/// The door's connection and the machine behind it.
+pub(super) struct Session {
+    pub(super) control: OwnedFd,
+    pub(super) worker: Worker,
+    /// The machine shall stop, because the door said so.
+    pub(super) stopping: bool,
+    smaps: File,
+    confine: Confine,
+    stats: Stats,
+    configured: bool,
+    built: Option<Built>,
+}
+
+/// Devices before the machine: their threads end before the memory goes.
+struct Built {
+    devices: Devices,
+    machine: Machine,
+}
+
+impl Session {
+    pub(super) fn new(context: Context, worker: Worker) -> Self {
+        Self {
+            control: context.control,
+            worker,
+            stopping: false,
+            smaps: context.smaps,
+            confine: context.confine,
+            stats: Stats {
+                entered_us: context.entered_us,
+                jailed_us: context.jailed_us,
+                ..Stats::default()
+            },
+            configured: false,
+            built: None,
+        }
+    }
+
+    /// Does what was asked for.
+    pub(super) fn handle(&mut self, request: Request, fds: Fds) -> Result<reply::Body, Refusal> {
+        use request::Call;
+        match request.call {
+            Some(Call::Configure(configure)) => self.configure(&configure, fds)?,
+            Some(Call::Start(_)) => self.start()?,
+            Some(Call::Pause(_)) => self.change("pausing the machine", Machine::pause)?,
+            Some(Call::Resume(_)) => self.change("resuming the machine", Machine::resume)?,
+            Some(Call::Stop(_)) => self.stopping = true,
+            Some(Call::GetStats(_)) => return self.get_stats().map(reply::Body::Stats),
+            _ => {
+                return Err(Refusal {
+                    kind: ErrorKind::ERROR_KIND_INVALID_ARGUMENT,
+                    message: "a request asks for nothing that is known".to_owned(),
+                });
+            }
+        }
+        Ok(reply::Body::Done(Done::default()))
+    }
+
+    fn configure(&mut self, configure: &Configure, mut fds: Fds) -> Result<(), Refusal> {
+        // One attempt: it ends with the main thread's confinement, which leaves no way to make a second machine.
+        if std::mem::replace(&mut self.configured, true) {
+            return Err(Refusal {
+                kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+                message: "configuring the machine: it was asked for before".to_owned(),
+            });
+        }
+        let (config, specs) = configure::parse(configure, &mut fds)?;
+        // What nobody asked for shall not stay open.
+        drop(fds);
+        let action = "configuring the machine";
+        let mut machine = Machine::new(config).map_err(machine_refusal(action))?;
+        let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
+            .map_err(|error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error))?;
+        machine
+            .spawn(self.confine.clone())
+            .map_err(machine_refusal(action))?;
+        self.worker
+            .watch(machine.stopped_event().as_raw_fd(), MACHINE_STOPPED)
+            .and_then(|()| (self.confine)(ThreadKind::Main))
+            .map_err(|error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error))?;
+        self.built = Some(Built { devices, machine });
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Refusal> {
+        let started_us = now_us();
+        self.change("starting the machine", Machine::start)?;
+        self.stats.started_us = started_us;
+        let started = Started {
+            started_us,
+            ..Started::default()
+        };
+        let event = cella_proto::vmm::Reply {
+            body: Some(reply::Body::Started(started)),
+            ..cella_proto::vmm::Reply::default()
+        };
+        use std::os::fd::AsFd;
+        packet::reply(self.control.as_fd(), &event)
+            .map_err(|error| {
+                refusal(
+                    ErrorKind::ERROR_KIND_INTERNAL,
+                    "saying that the machine has started",
+                    &error,
+                )
+            })
+            .map(drop)
+    }
+
+    fn change(
+        &mut self,
+        action: &str,
+        change: fn(&mut Machine) -> Result<(), MachineError>,
+    ) -> Result<(), Refusal> {
+        let built = self.built.as_mut().ok_or_else(|| Refusal {
+            kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+            message: format!("{action}: it is not configured"),
+        })?;
+        change(&mut built.machine).map_err(machine_refusal(action))
+    }
+
+    fn get_stats(&mut self) -> Result<Stats, Refusal> {
+        let guest = self
+            .built
+            .as_ref()
+            .map(|built| guest_ranges(&built.machine))
+            .unwrap_or_default();
+        let resident = memory::resident(&mut self.smaps, &guest).map_err(|error| {
+            let action = "reading the process's own memory use";
+            refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error)
+        })?;
+        let exits: HashMap<String, u64> = self
+            .built
+            .iter()
+            .flat_map(|built| built.machine.exits())
+            .map(|(reason, count)| (reason.to_owned(), count))
+            .collect();
+        Ok(Stats {
+            exits,
+            rss_kib: resident.vmm_kib,
+            guest_rss_kib: resident.guest_kib,
+            ..self.stats.clone()
+        })
+    }
+
+    /// Stops the machine and its devices, and says why it stopped.
+    pub(super) fn stop(&mut self) -> StopReason {
+        let Some(Built {
+            devices,
+            mut machine,
+        }) = self.built.take()
+        else {
+            return StopReason::Requested;
+        };
+        machine.stop();
+        devices.shut_down();
+        machine.stop_reason().unwrap_or(StopReason::Requested)
+    }
+}
+
+/// Where guest memory is mapped in this process.
+fn guest_ranges(machine: &Machine) -> Vec<Range<u64>> {
+    let memory = machine.memory();
+    let memory = memory.memory();
+    memory
+        .iter()
+        .map(|region| {
+            let start = region.as_ptr() as u64;
+            start..start.saturating_add(region.len())
+        })
+        .collect()
+}
+
+fn refusal(kind: ErrorKind, action: &str, error: &dyn Error) -> Refusal {
+    Refusal {
+        kind,
+        message: format!("{action}: {error}"),
+    }
+}
+
+fn machine_refusal(action: &str) -> impl FnOnce(MachineError) -> Refusal {
+    move |error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error)
+}
+
+/// Microseconds of `CLOCK_MONOTONIC`.
+pub fn now_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    let micros = u64::try_from(now.tv_nsec).unwrap_or_default() / 1000;
+    seconds.saturating_mul(1_000_000).saturating_add(micros)
+}

@@ -1,0 +1,5 @@
+//! The device with a mock driver and real directories.
+
+mod client;
+mod hostile;
+mod ordinary;

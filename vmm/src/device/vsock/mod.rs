@@ -1,0 +1,310 @@
+//! The virtio socket device (virtio 1.2, section 5.10): stream connections between the guest and Unix sockets of
+//! the host.
+//!
+//! | direction | how |
+//! | --- | --- |
+//! | host to guest | connect to the listening socket, write `CONNECT <port>\n`, read `OK <host port>\n`; what follows is the connection. A refused one is closed. |
+//! | guest to host | the guest connects to context id 2, port P; the device connects to the socket `<directory>/<P>`. If it cannot, the guest is refused. |
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | [`packet`] | headers on the wire |
+//! | [`buffers`] | the memory of a descriptor chain |
+//! | [`csm`] | the state machine of one connection |
+//! | [`handshake`] | the host's `CONNECT` line |
+//! | [`muxer`] | all connections and their sockets |
+
+pub mod buffers;
+pub mod csm;
+pub mod handshake;
+pub mod muxer;
+pub mod packet;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::buffers::Buffers;
+use self::muxer::Muxer;
+use self::packet::{HEADER_LEN, Header};
+use super::{Device, DeviceError, Readiness, Resources, Watcher};
+
+/// The virtio device id of a socket device.
+const DEVICE_ID: u32 = 19;
+/// `VIRTIO_VSOCK_F_STREAM`.
+const F_STREAM: u32 = 0;
+
+/// Receive queue: packets for the guest.
+const RX: usize = 0;
+/// Transmit queue: packets of the guest's.
+const TX: usize = 1;
+
+// A Linux driver fills the receive queue with 4 KiB buffers when it starts: a larger queue is a longer boot.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
+
+/// The most chains of the guest's that one call handles, so that other devices of the event loop get their turn.
+const BATCH: usize = 256;
+
+// The token of the device's own event descriptor, which has it go on after a batch.
+const CONTINUE: u64 = 2;
+
+const READ: Readiness = Readiness {
+    read: true,
+    write: false,
+};
+
+/// The socket device. See the module.
+pub struct Vsock {
+    guest_cid: u64,
+    muxer: Muxer,
+    go_on: EventFd,
+    active: Option<Resources>,
+    watcher: Option<Arc<dyn Watcher + Send + Sync>>,
+}
+
+impl Vsock {
+    /// A socket device for the guest with context id `guest_cid` (3 or more). The host's connections come through
+    /// `listener`; the guest's go to the sockets in `sockets_dir`, a directory as the process sees it when the
+    /// guest runs: in its jail.
+    ///
+    /// # Errors
+    /// The listener cannot be made nonblocking, or an event or timer descriptor cannot be had.
+    pub fn new(
+        guest_cid: u64,
+        listener: UnixListener,
+        sockets_dir: PathBuf,
+    ) -> Result<Self, DeviceError> {
+        let host = |action| move |source| DeviceError::Host { action, source };
+        Ok(Self {
+            guest_cid,
+            muxer: Muxer::new(guest_cid, listener, sockets_dir)
+                .map_err(host("preparing the vsock listener and its timer"))?,
+            go_on: EventFd::new(EFD_NONBLOCK).map_err(host("making vsock's event descriptor"))?,
+            active: None,
+            watcher: None,
+        })
+    }
+
+    // Handles what the guest sent, then gives it what there is for it.
+    fn run(&mut self) -> Result<(), DeviceError> {
+        let sent_all = self.transmit()?;
+        let gave_all = self.receive()?;
+        if sent_all && gave_all {
+            return Ok(());
+        }
+        self.put_off()
+    }
+
+    // Has the event loop call again, after the other devices' turns.
+    fn put_off(&self) -> Result<(), DeviceError> {
+        self.go_on.write(1).map_err(|source| DeviceError::Host {
+            action: "putting off the rest of vsock's queues",
+            source,
+        })
+    }
+
+    // Handles packets of the guest's; false if some are left for later.
+    fn transmit(&mut self) -> Result<bool, DeviceError> {
+        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let guard = resources.memory.memory();
+        let queue = resources.queues.get_mut(TX).ok_or(INACTIVE)?;
+        let mut done = false;
+        for _ in 0..BATCH {
+            let Some(chain) = pop(queue, &guard, TX)? else {
+                // Looks once more after asking for kicks, lest a packet that comes in between be missed.
+                if queue.enable_notification(&*guard).map_err(broken(TX))? {
+                    continue;
+                }
+                done = true;
+                break;
+            };
+            let head = chain.head_index();
+            // A chain that holds no packet is used up like any other.
+            if let Ok(mut payload) = Buffers::new(&guard, chain, false)
+                && let Some(wire) = payload.read_array::<HEADER_LEN>()
+            {
+                self.muxer
+                    .packet(&Header::parse(&wire), payload)
+                    .map_err(unwatchable)?;
+            }
+            queue.add_used(&*guard, head, 0).map_err(broken(TX))?;
+        }
+        resources.notify(TX)?;
+        Ok(done)
+    }
+
+    // Fills the guest's buffers with packets for it; false if some could take more.
+    fn receive(&mut self) -> Result<bool, DeviceError> {
+        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let guard = resources.memory.memory();
+        let queue = resources.queues.get_mut(RX).ok_or(INACTIVE)?;
+        let mut done = false;
+        let mut used = false;
+        for _ in 0..BATCH {
+            // Kicks are asked for only when buffers are missed: a guest that refills its queue is left alone.
+            if !self.muxer.has_packets() {
+                done = true;
+                break;
+            }
+            let Some(chain) = pop(queue, &guard, RX)? else {
+                if queue.enable_notification(&*guard).map_err(broken(RX))? {
+                    continue;
+                }
+                done = true;
+                break;
+            };
+            let head = chain.head_index();
+            let len = match fill(&mut self.muxer, Buffers::new(&guard, chain, true).ok()) {
+                Filled::Packet(len) => len,
+                Filled::Unusable => 0,
+                Filled::Nothing => {
+                    queue.go_to_previous_position();
+                    continue;
+                }
+            };
+            queue.add_used(&*guard, head, len).map_err(broken(RX))?;
+            used = true;
+        }
+        if used {
+            resources.notify(RX)?;
+        }
+        Ok(done)
+    }
+}
+
+// What has become of a buffer of the guest's.
+enum Filled {
+    // It holds this many bytes.
+    Packet(u32),
+    // It has no room for a packet with data, or is not in guest memory.
+    Unusable,
+    // There was nothing for the guest after all.
+    Nothing,
+}
+
+fn fill(muxer: &mut Muxer, buffers: Option<Buffers<'_>>) -> Filled {
+    let Some(mut room) = buffers else {
+        return Filled::Unusable;
+    };
+    let Some(mut front) = room.reserve(HEADER_LEN) else {
+        return Filled::Unusable;
+    };
+    if room.is_empty() {
+        return Filled::Unusable;
+    }
+    match muxer.next_packet(&mut room) {
+        Some(header) => {
+            front.write(&header.format());
+            Filled::Packet((HEADER_LEN as u32).saturating_add(header.len))
+        }
+        None => Filled::Nothing,
+    }
+}
+
+const INACTIVE: DeviceError = DeviceError::State("vsock is not active");
+
+fn broken(queue: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
+    move |source| DeviceError::Queue { queue, source }
+}
+
+fn unwatchable(source: io::Error) -> DeviceError {
+    DeviceError::Host {
+        action: "watching vsock's descriptors",
+        source,
+    }
+}
+
+fn pop<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemoryMmap,
+    index: usize,
+) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
+    Ok(queue.iter(memory).map_err(broken(index))?.next())
+}
+
+impl Device for Vsock {
+    fn id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << F_STREAM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // `struct virtio_vsock_config` is the guest's context id alone.
+        let config = self.guest_cid.to_le_bytes();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (position, byte) in data.iter_mut().enumerate() {
+            let at = from.saturating_add(position);
+            *byte = config.get(at).copied().unwrap_or_default();
+        }
+    }
+
+    fn activate(
+        &mut self,
+        resources: Resources,
+        watcher: Arc<dyn Watcher + Send + Sync>,
+    ) -> Result<(), DeviceError> {
+        if self.active.is_some() {
+            return Err(DeviceError::State("vsock is active already"));
+        }
+        if resources.queues.len() != QUEUE_SIZES.len() {
+            return Err(DeviceError::State("vsock has three queues"));
+        }
+        watcher
+            .watch(self.go_on.as_raw_fd(), CONTINUE, READ)
+            .map_err(unwatchable)?;
+        self.watcher = Some(watcher.clone());
+        self.active = Some(resources);
+        self.muxer.start(watcher).map_err(unwatchable)
+    }
+
+    fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
+        match index {
+            RX => match self.receive()? {
+                true => Ok(()),
+                false => self.put_off(),
+            },
+            TX => self.run(),
+            // The guest offers room for events; there are none yet.
+            _ => Ok(()),
+        }
+    }
+
+    fn event(&mut self, token: u64, readiness: Readiness) -> Result<(), DeviceError> {
+        if token == CONTINUE {
+            // Cleared; that it is empty already does no harm.
+            let _ = self.go_on.read();
+            return self.run();
+        }
+        self.muxer.event(token, readiness).map_err(unwatchable)?;
+        match self.receive()? {
+            true => Ok(()),
+            false => self.put_off(),
+        }
+    }
+
+    fn reset(&mut self) -> Option<Resources> {
+        let resources = self.active.take()?;
+        self.muxer.stop();
+        if let Some(watcher) = self.watcher.take() {
+            let _ = watcher.unwatch(self.go_on.as_raw_fd());
+        }
+        Some(resources)
+    }
+}

@@ -1,0 +1,136 @@
+//! `cella-vmm`: one virtual machine in one jailed process, driven over the socket that `--control` names.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use cella_vmm::control::{self, Context, ControlError, now_us};
+
+const HELP: &str = "\
+cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by the program that starts it
+
+    cella-vmm --control FD --share DIR --sockets DIR --uid N --gid N [--name ID]
+
+    --control FD    an inherited SOCK_SEQPACKET socket to the starting program
+    --share DIR     the directory that the guest's virtiofs serves
+    --sockets DIR   the directory of the sockets that the guest's vsock connects to, each named after its port
+    --uid N         the user that the process becomes
+    --gid N         the group that the process becomes
+    --name ID       what log lines and process listings call the machine
+    --help          this text
+    --version       the version
+
+Example (as a door runs it, with the socket as descriptor 3):
+    cella-vmm --control 3 --share /run/cella/web/share --sockets /run/cella/web/vsock --uid 990 --gid 990
+";
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    control: RawFd,
+    share: PathBuf,
+    sockets: PathBuf,
+    uid: u32,
+    gid: u32,
+    name: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0} (see --help)")]
+    Usage(String),
+    #[error("opening /proc/self/smaps: {0}")]
+    Smaps(#[source] std::io::Error),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+fn main() -> ExitCode {
+    let entered_us = now_us();
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match arguments.first().and_then(|first| first.to_str()) {
+        Some("--help") => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Some("--version") => {
+            println!("cella-vmm {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
+    }
+    let mut name = String::new();
+    match parse(arguments).and_then(|options| {
+        name = options
+            .name
+            .as_ref()
+            .map(|id| format!("{id}: "))
+            .unwrap_or_default();
+        run(options, entered_us)
+    }) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("cella-vmm: {name}{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
+    let smaps = File::open("/proc/self/smaps").map_err(Failure::Smaps)?;
+    // SAFETY: the door made this descriptor for us, nothing else in the process knows of it, and `parse` has
+    // checked that it is none of the standard ones.
+    let control = unsafe { OwnedFd::from_raw_fd(options.control) };
+    control::run(Context {
+        control,
+        smaps,
+        confine: Arc::new(|_| Ok(())),
+        entered_us,
+        jailed_us: now_us(),
+    })?;
+    Ok(())
+}
+
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failure> {
+    let (mut control, mut share, mut sockets) = (None, None, None);
+    let (mut uid, mut gid, mut name) = (None, None, None);
+    let mut arguments = arguments.into_iter();
+    while let Some(flag) = arguments.next() {
+        let flag = flag.to_string_lossy().into_owned();
+        let value = arguments
+            .next()
+            .ok_or_else(|| Failure::Usage(format!("{flag} is unknown or lacks its value")))?;
+        match flag.as_str() {
+            "--control" => control = Some(number(&flag, &value)?),
+            "--share" => share = Some(PathBuf::from(value)),
+            "--sockets" => sockets = Some(PathBuf::from(value)),
+            "--uid" => uid = Some(number(&flag, &value)?),
+            "--gid" => gid = Some(number(&flag, &value)?),
+            "--name" => name = Some(value.to_string_lossy().into_owned()),
+            _ => return Err(Failure::Usage(format!("{flag} is unknown"))),
+        }
+    }
+    let missing = |flag: &str| Failure::Usage(format!("{flag} is missing"));
+    let control: u32 = control.ok_or_else(|| missing("--control"))?;
+    Ok(Options {
+        control: RawFd::try_from(control)
+            .ok()
+            .filter(|&fd| fd > 2)
+            .ok_or_else(|| Failure::Usage(format!("--control {control} cannot be a socket")))?,
+        share: share.ok_or_else(|| missing("--share"))?,
+        sockets: sockets.ok_or_else(|| missing("--sockets"))?,
+        uid: uid.ok_or_else(|| missing("--uid"))?,
+        gid: gid.ok_or_else(|| missing("--gid"))?,
+        name,
+    })
+}
+
+fn number(flag: &str, value: &std::ffi::OsStr) -> Result<u32, Failure> {
+    value
+        .to_str()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| Failure::Usage(format!("{flag} {}: not a number", value.to_string_lossy())))
+}
