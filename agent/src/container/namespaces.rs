@@ -357,7 +357,8 @@ impl PidHolder {
         Arc::clone(&self.namespace)
     }
 
-    /// Ends it, and every process of the namespace with it. The caller reaps it.
+    /// Ends it, and every process of the namespace with it. The caller reaps it, after those of the processes that
+    /// are the agent's children: it ends only when they are gone.
     pub fn kill(&self) -> Result<()> {
         rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).map_err(
             |e| Error::Process {

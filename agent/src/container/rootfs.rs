@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
 use super::devices::DevicePlan;
 use super::mounts::{MountKind, MountPlan};
@@ -18,9 +19,10 @@ const MAX_LINKS: usize = 16;
 /// What the child needs to build the root.
 #[derive(Debug)]
 pub(super) struct RootPlan {
-    /// The root filesystem, a detached tree, and where in the agent's view it is attached.
+    /// The root filesystem, a detached tree.
     pub tree: Option<OwnedFd>,
-    pub path: CString,
+    /// Where it comes from, for errors.
+    pub path: PathBuf,
     pub mounts: Vec<MountPlan>,
     pub devices: DevicePlan,
     pub masked: Vec<CString>,
@@ -61,7 +63,9 @@ impl RootPlan {
             .ok_or(Errno(libc::EBADF))
             .at(Step::AttachRoot)?;
         let root = tree.as_raw_fd();
-        sys::attach_tree(root, libc::AT_FDCWD, &self.path).at(Step::AttachRoot)?;
+        // On top of the root, which every user may reach, as the directory it comes from need not be. What looks for
+        // absolute paths meanwhile still starts below, in the guest's root.
+        sys::attach_tree(root, libc::AT_FDCWD, c"/").at(Step::AttachRoot)?;
         for (index, mount) in self.mounts.iter().enumerate() {
             attach(root, mount, index)?;
         }
@@ -182,16 +186,13 @@ fn make_readonly(path: &CStr) -> SysResult {
 }
 
 /// Makes `root` the root and lets go of the old one. A guest that runs from its initial ramfs cannot pivot: there the
-/// container's root is moved over it instead.
+/// container's root stays on top of the old one, which no path from it reaches.
 fn change_root(root: RawFd) -> SysResult {
     sys::fchdir(root)?;
     match sys::pivot_root() {
         // Both roots are "/" now, the old one on top; "." is the new one and names what covers it.
         Ok(()) => sys::detach(c".")?,
-        Err(Errno(libc::EINVAL)) => {
-            sys::mount(c".", c"/", c"", libc::MS_MOVE, c"")?;
-            sys::chroot(c".")?;
-        }
+        Err(Errno(libc::EINVAL)) => sys::chroot(c".")?,
         Err(errno) => return Err(errno),
     }
     sys::chdir(c"/")

@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ use super::hooks::{self, HookState, Place};
 use super::init::InitPlan;
 use super::mounts::{self, MountContext};
 use super::namespaces::{IdMaps, NamespacePlan, SharedNamespaces};
-use super::process::{ProcessPlan, StreamPlan, c_string};
+use super::process::{ProcessPlan, StreamPlan};
 use super::report::Message;
 use super::rootfs::RootPlan;
 use super::seccomp::SeccompPlan;
@@ -267,13 +266,12 @@ fn run_create_hooks(id: &str, spec: &oci::Spec, plan: &InitPlan, child: &Child) 
         Place::Runtime,
         state,
     )?;
-    let container = Place::Container(child.pidfd.as_fd(), plan.namespaces.own);
-    hooks::run(
-        "createContainer",
-        hooks.create_container().as_ref(),
-        container,
-        state,
-    )
+    let create_container = hooks.create_container().as_ref();
+    if !hooks::any(create_container) {
+        return Ok(());
+    }
+    let place = Place::of(child.pid, child.pidfd.as_fd(), plan.namespaces.own)?;
+    hooks::run("createContainer", create_container, place, state)
 }
 
 /// The directory that the root is in, which for every bundle is the bundle.
@@ -373,7 +371,7 @@ fn root_plan(
     });
     Ok(RootPlan {
         tree: Some(tree),
-        path: c_string("root.path", parts.root.path().as_os_str().as_bytes())?,
+        path: parts.root.path().clone(),
         mounts,
         devices: DevicePlan::new(linux, dev_is_bound, user)?,
         masked: validate::paths("linux.maskedPaths", linux.masked_paths().as_ref())?,

@@ -84,6 +84,14 @@ pub(super) fn process(process: &oci::Process) -> Result<()> {
             format!("{} is not absolute", process.cwd().display()),
         ));
     }
+    let user = process.user();
+    let groups = user.additional_gids().iter().flatten().copied();
+    if groups
+        .chain([user.uid(), user.gid()])
+        .any(|id| id == u32::MAX)
+    {
+        return Err(Error::invalid("process.user", "4294967295 is no id"));
+    }
     let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     if set(process.apparmor_profile()) {
         return Err(Error::unsupported(

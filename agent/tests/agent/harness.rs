@@ -259,7 +259,10 @@ pub struct Events(ClientStreamReceiver<Event>);
 impl Events {
     pub async fn next(&mut self) -> Event {
         let event = tokio::time::timeout(PATIENCE, self.0.recv()).await;
-        event.expect("an event in time").unwrap().expect("an event, not the end")
+        event
+            .expect("an event in time")
+            .unwrap()
+            .expect("an event, not the end")
     }
 
     /// The next exit, which must be the next event.
