@@ -232,34 +232,14 @@ impl Container {
             }
         })?;
         drop(child_socket);
-        let mut born = Newborn {
-            child,
-            socket,
-            terminal: None,
-        };
-        let result = loop {
-            match receive(&born.socket) {
-                Ok((Message::Terminal, fd)) => born.terminal = fd,
-                Ok((Message::Closed, _)) => break Ok(()),
-                Ok((Message::Failed(failure), _)) => {
-                    break Err(translate::process_failure(&plan.process, failure));
-                }
-                Ok(_) => break Err(Error::Died),
-                Err(error) => break Err(error),
-            }
-        };
-        match result {
-            // The agent's copies of the streams close with the plan.
-            Ok(()) => Ok(Process {
-                pid: born.child.pid,
-                pidfd: born.child.pidfd,
-                terminal: born.terminal,
-            }),
-            Err(error) => {
-                spawn::kill_and_reap(&born.child.pidfd);
-                Err(error)
-            }
-        }
+        supervise(
+            Newborn {
+                child,
+                socket,
+                terminal: None,
+            },
+            &plan.process,
+        )
     }
 
     /// Signals the init; one that has ended needs none.
@@ -350,6 +330,32 @@ impl Container {
         }
         result
     }
+}
+
+/// Listens to a process until it has executed its command. On failure it is reaped.
+fn supervise(mut born: Newborn, plan: &ProcessPlan) -> Result<Process> {
+    let error = loop {
+        match receive(&born.socket) {
+            Ok((Message::Terminal, fd)) => born.terminal = fd,
+            Ok((Message::Closed, _)) => {
+                let Newborn {
+                    child: Child { pid, pidfd },
+                    terminal,
+                    ..
+                } = born;
+                return Ok(Process {
+                    pid,
+                    pidfd,
+                    terminal,
+                });
+            }
+            Ok((Message::Failed(failure), _)) => break translate::process_failure(plan, failure),
+            Ok(_) => break Error::Died,
+            Err(error) => break error,
+        }
+    };
+    spawn::kill_and_reap(&born.child.pidfd);
+    Err(error)
 }
 
 fn check_signal(signal: i32) -> Result<()> {
