@@ -11,8 +11,18 @@ pub fn ticks() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Writes the count to the console, and beside it what it was at the agent's entry.
+/// Writes the count to the console, and beside it what it was at the agent's entry; then what it is when the guest's file
+/// systems are there too, which in a real boot comes after the call.
 pub fn report(entry: u64) {
     let ready = ticks();
     crate::power::report(&format!("cella-agent: ready tsc={ready} entry={entry}\n"));
+    let prepared = crate::guest::prepare();
+    let now = ticks();
+    crate::power::report(&match prepared {
+        Ok(()) => format!("cella-agent: prepared tsc={now}\n"),
+        Err(error) => format!(
+            "cella-agent: {}\n",
+            crate::error::Error::from(error).message()
+        ),
+    });
 }

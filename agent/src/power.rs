@@ -3,8 +3,6 @@
 use std::fmt::Write as _;
 use std::panic::PanicHookInfo;
 
-use rustix::fs::{Mode, OFlags};
-
 /// Syncs and resets the machine, which the VMM takes for the guest's end. Does not return in a guest.
 ///
 /// A guest has no power switch: without ACPI the kernel makes a halt of a power-off, and nobody outside sees a halt.
@@ -31,13 +29,8 @@ pub fn install_panic_hook() {
     }));
 }
 
-/// Writes `line` where somebody may see it: the kernel's log, or the console as long as /dev is not mounted.
+/// Writes `line` to the console, as far as the machine has one.
 pub fn report(line: &str) {
-    let opened = rustix::fs::open("/dev/kmsg", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
-    let written = match opened {
-        Ok(log) => rustix::io::write(log, line.as_bytes()),
-        Err(_) => rustix::io::write(rustix::stdio::stderr(), line.as_bytes()),
-    };
     // There is nowhere else to say it.
-    let _ = written;
+    let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
 }

@@ -65,12 +65,7 @@ pub fn boot_time() -> u64 {
 /// When the agent's own port cannot be listened on. A host that does not take the call is no error: somebody may
 /// attach later.
 pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::Error> {
-    if options.icount {
-        icount::report(entry.ticks);
-        crate::power::off();
-    }
-    let dial_ns = boot_time();
-    let dialled = options.transport.dial(PORT).await;
+    // First, so that whoever sees the call can attach already.
     let listener =
         options
             .transport
@@ -79,6 +74,12 @@ pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::E
                 what: format!("listening on port {PORT}"),
                 source,
             })?;
+    if options.icount {
+        icount::report(entry.ticks);
+        crate::power::off();
+    }
+    let dial_ns = boot_time();
+    let dialled = options.transport.dial(PORT).await;
     let dialled = match dialled {
         Ok(connection) => Some(connection),
         Err(error) => {

@@ -1,24 +1,25 @@
 //! `cella-vmm`: one virtual machine in one jailed process, driven over the socket that `--control` names.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use cella_vmm::control::{self, Context, ControlError, now_us};
+use cella_vmm::jail::{self, Jail, JailError};
 
 const HELP: &str = "\
 cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by the program that starts it
 
-    cella-vmm --control FD --share DIR --sockets DIR --uid N --gid N [--name ID]
+    cella-vmm --control FD --share DIR --sockets DIR --uid N --gid N [--pid-fd FD] [--name ID]
 
     --control FD    an inherited SOCK_SEQPACKET socket to the starting program
     --share DIR     the directory that the guest's virtiofs serves
     --sockets DIR   the directory of the sockets that the guest's vsock connects to, each named after its port
     --uid N         the user that the process becomes
     --gid N         the group that the process becomes
+    --pid-fd FD     where to write the jailed process's id, decimal: it is not the id of the process started
     --name ID       what log lines and process listings call the machine
     --help          this text
     --version       the version
@@ -26,6 +27,8 @@ cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by
 Example (as a door runs it, with the socket as descriptor 3):
     cella-vmm --control 3 --share /run/cella/web/share --sockets /run/cella/web/vsock --uid 990 --gid 990
 ";
+
+const STDERR: RawFd = 2;
 
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,6 +38,7 @@ struct Options {
     sockets: PathBuf,
     uid: u32,
     gid: u32,
+    pid_fd: Option<RawFd>,
     name: Option<String>,
 }
 
@@ -42,8 +46,8 @@ struct Options {
 enum Failure {
     #[error("{0} (see --help)")]
     Usage(String),
-    #[error("opening /proc/self/smaps: {0}")]
-    Smaps(#[source] std::io::Error),
+    #[error("entering the jail: {0}")]
+    Jail(#[from] JailError),
     #[error(transparent)]
     Control(#[from] ControlError),
 }
@@ -80,14 +84,21 @@ fn main() -> ExitCode {
 }
 
 fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
-    let smaps = File::open("/proc/self/smaps").map_err(Failure::Smaps)?;
+    let entered = jail::enter(&Jail {
+        share: Some(options.share),
+        sockets: Some(options.sockets),
+        uid: options.uid,
+        gid: options.gid,
+        keep_fds: vec![options.control, STDERR],
+        pid_fd: options.pid_fd,
+    })?;
     // SAFETY: the door made this descriptor for us, nothing else in the process knows of it, and `parse` has
     // checked that it is none of the standard ones.
     let control = unsafe { OwnedFd::from_raw_fd(options.control) };
     control::run(Context {
         control,
-        smaps,
-        confine: Arc::new(|_| Ok(())),
+        smaps: entered.smaps,
+        confine: Arc::new(|kind| jail::confine(kind).map_err(std::io::Error::other)),
         entered_us,
         jailed_us: now_us(),
     })?;
@@ -96,7 +107,7 @@ fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
 
 fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failure> {
     let (mut control, mut share, mut sockets) = (None, None, None);
-    let (mut uid, mut gid, mut name) = (None, None, None);
+    let (mut uid, mut gid, mut pid_fd, mut name) = (None, None, None, None);
     let mut arguments = arguments.into_iter();
     while let Some(flag) = arguments.next() {
         let flag = flag.to_string_lossy().into_owned();
@@ -109,6 +120,7 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failu
             "--sockets" => sockets = Some(PathBuf::from(value)),
             "--uid" => uid = Some(number(&flag, &value)?),
             "--gid" => gid = Some(number(&flag, &value)?),
+            "--pid-fd" => pid_fd = Some(descriptor(&flag, number(&flag, &value)?)?),
             "--name" => name = Some(value.to_string_lossy().into_owned()),
             _ => return Err(Failure::Usage(format!("{flag} is unknown"))),
         }
@@ -116,16 +128,22 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failu
     let missing = |flag: &str| Failure::Usage(format!("{flag} is missing"));
     let control: u32 = control.ok_or_else(|| missing("--control"))?;
     Ok(Options {
-        control: RawFd::try_from(control)
-            .ok()
-            .filter(|&fd| fd > 2)
-            .ok_or_else(|| Failure::Usage(format!("--control {control} cannot be a socket")))?,
+        control: descriptor("--control", control)?,
         share: share.ok_or_else(|| missing("--share"))?,
         sockets: sockets.ok_or_else(|| missing("--sockets"))?,
         uid: uid.ok_or_else(|| missing("--uid"))?,
         gid: gid.ok_or_else(|| missing("--gid"))?,
+        pid_fd,
         name,
     })
+}
+
+/// A descriptor that the door has made for us: none of the standard ones.
+fn descriptor(flag: &str, number: u32) -> Result<RawFd, Failure> {
+    RawFd::try_from(number)
+        .ok()
+        .filter(|&fd| fd > STDERR)
+        .ok_or_else(|| Failure::Usage(format!("{flag} {number} cannot be a descriptor of ours")))
 }
 
 fn number(flag: &str, value: &std::ffi::OsStr) -> Result<u32, Failure> {

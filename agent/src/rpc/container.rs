@@ -49,7 +49,9 @@ impl Agent {
         let terminal = match pending.start(created.terminal) {
             Ok(terminal) => terminal,
             Err(source) => {
-                // The terminal's end of the agent is gone, so that nobody could talk to the process.
+                // The terminal's end of the agent is gone, so that nobody could talk to the process. The library
+                // reaps it.
+                self.prepare()?.reaper.forget(pid);
                 let _ = created.container.delete();
                 return Err(Error::Streams {
                     what: what(),
@@ -104,9 +106,20 @@ impl Agent {
         };
         // Somebody else has deleted it meanwhile.
         let runtime = runtime.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
-        let deleted = runtime.delete();
+        match runtime.delete() {
+            Ok(()) => {}
+            // The container is gone all the same, as OCI has it for these hooks.
+            Err((_, error @ container::Error::Hook { .. })) => {
+                let error = failed("deleting", id)(error);
+                crate::power::report(&format!("cella-agent: {}\n", error.message()));
+            }
+            Err((runtime, error)) => {
+                // It stays, so that Delete can be tried again.
+                container.lock().runtime = Some(runtime);
+                return Err(failed("deleting", id)(error));
+            }
+        }
         self.containers.remove(id);
-        deleted.map_err(failed("deleting", id))?;
         Ok(exit)
     }
 

@@ -146,9 +146,13 @@ impl Agent {
             (runtime.pid(), runtime.start())
         };
         if let Err(source) = started {
-            // The library has reaped it.
-            self.prepare()?.reaper.forget(pid);
-            container.init_ended(failed_status(&source), &self.events);
+            let stopped = container.lock().runtime(&id)?.status() == container::Status::Stopped;
+            if stopped {
+                // The library has reaped it.
+                self.prepare()?.reaper.forget(pid);
+                container.init_ended(failed_status(&source), &self.events);
+            }
+            // Else a poststart hook failed: the init is killed, and its end comes by the reaper.
             return Err(failed("starting", &id)(source));
         }
         watch_oom(container, self.events.clone());

@@ -1,6 +1,6 @@
 //! The lives of containers and processes, and the kinds of what goes wrong.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cella_proto::agent as proto;
 use serde_json::json;
@@ -235,15 +235,20 @@ async fn what_cannot_be_executed_is_told_apart() {
         ("plain", "/bin/plain", Code::PERMISSION_DENIED, 126),
     ] {
         let spec = sandbox.spec(&[command]);
-        sandbox
-            .create(id, &spec, proto::Stdio::new())
-            .await
-            .unwrap();
-        let (started, message) = status(sandbox.start_process(id, "").await);
-        assert_eq!(started, code, "{message}");
+        let created = sandbox.create(id, &spec, proto::Stdio::new()).await;
+        let unstarted = created.is_ok();
+        let failed = match created {
+            Ok(_) => sandbox.start_process(id, "").await.map(drop),
+            Err(error) => Err(error),
+        };
+        let (failed, message) = status(failed);
+        assert_eq!(failed, code, "{message}");
         assert!(message.contains(command), "{message}");
-        let exit = sandbox.delete(id, "").await.unwrap().unwrap();
-        assert_eq!(exit.exit_status, exit_status);
+        if unstarted {
+            let exit = sandbox.delete(id, "").await.unwrap().unwrap();
+            assert_eq!(exit.exit_status, exit_status);
+        }
+        assert_eq!(state(&sandbox, id).await, None);
     }
     sandbox.run("a", &["sleep", "1000"]).await;
     let missing = process(&["/bin/none"]);
@@ -347,4 +352,100 @@ async fn containers_of_a_pod_share_what_the_sandbox_says() {
     let seen = String::from_utf8(read_all(output).await).unwrap();
     assert!(seen.starts_with("pod\n"), "{seen}");
     assert!(seen.contains("sleep 4321"), "{seen}");
+}
+
+#[tokio::test]
+async fn counters_are_answered_and_pushed() {
+    let Some(sandbox) = Sandbox::start().await else {
+        return;
+    };
+    sandbox
+        .run("a", &["sh", "-c", "while true; do :; done"])
+        .await;
+    let request = proto::WatchRequest {
+        stats_period_ms: 1,
+        ..Default::default()
+    };
+    let mut events = sandbox.client.watch(soon(), &request).await.unwrap();
+    let mut usage = Vec::new();
+    let begin = Instant::now();
+    while usage.len() < 3 {
+        let event = events.recv().await.unwrap().unwrap();
+        if event.has_stats() {
+            let stats = &event.stats().containers;
+            assert_eq!(stats.len(), 1);
+            assert_eq!(stats[0].container_id, "a");
+            usage.push(stats[0].cpu_usage_usec);
+        }
+    }
+    assert!(
+        begin.elapsed() >= Duration::from_millis(200),
+        "100 ms is the shortest period"
+    );
+    assert!(usage[0] < usage[1] && usage[1] < usage[2], "{usage:?}");
+    let stats = sandbox
+        .client
+        .stats(soon(), &container_ref("a"))
+        .await
+        .unwrap();
+    assert!(stats.cpu_usage_usec >= usage[2]);
+    let missing = sandbox.client.stats(soon(), &container_ref("b")).await;
+    assert_eq!(status(missing).0, Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn an_update_is_an_oci_resources_object() {
+    let Some(sandbox) = Sandbox::start().await else {
+        return;
+    };
+    sandbox.run("a", &["sleep", "1000"]).await;
+    let update = async |resources: &[u8]| {
+        let request = proto::UpdateRequest {
+            container_id: "a".to_owned(),
+            resources: resources.to_vec(),
+            ..Default::default()
+        };
+        sandbox.client.update(soon(), &request).await
+    };
+    update(b"{}").await.unwrap();
+    let (code, message) = status(update(b"[").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    if !sandbox.has_controller("pids") {
+        let (_, message) = status(update(br#"{"pids":{"limit":10}}"#).await);
+        assert!(message.contains("pids"), "{message}");
+        return;
+    }
+    update(br#"{"pids":{"limit":10}}"#).await.unwrap();
+    let stats = sandbox
+        .client
+        .stats(soon(), &container_ref("a"))
+        .await
+        .unwrap();
+    assert_eq!(stats.pids_max, 10);
+}
+
+#[tokio::test]
+async fn a_container_out_of_memory_is_told_of() {
+    let Some(sandbox) = Sandbox::start().await else {
+        return;
+    };
+    if !sandbox.has_controller("memory") {
+        println!("SKIPPED: the memory controller of cgroup v2");
+        return;
+    }
+    // A greedy child, so that the kill and the container's end are two things.
+    let greedy = "dd if=/dev/zero of=/dev/null bs=64M count=1; exec sleep 1000";
+    let mut spec = sandbox.spec(&["sh", "-c", greedy]);
+    spec["linux"]["resources"] = json!({ "memory": { "limit": 16 << 20, "swap": 16 << 20 } });
+    sandbox
+        .create("a", &spec, proto::Stdio::new())
+        .await
+        .unwrap();
+    let mut events = sandbox.watch().await;
+    sandbox.start_process("a", "").await.unwrap();
+    let event = events.next().await;
+    assert_eq!(event.oom().container_id, "a", "{event:?}");
+    sandbox.signal("a", "", libc::SIGKILL).await.unwrap();
+    let exit = events.exit().await;
+    assert_eq!((exit.exit_status, exit.oom_killed), (137, true));
 }

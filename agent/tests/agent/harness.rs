@@ -136,6 +136,15 @@ impl Sandbox {
         &self.guest.cgroups
     }
 
+    /// Whether the containers can have limits of `controller`.
+    pub fn has_controller(&self, controller: &str) -> bool {
+        let file = self.guest.cgroups.join("cgroup.controllers");
+        let controllers = std::fs::read_to_string(file).unwrap();
+        controllers
+            .split_whitespace()
+            .any(|name| name == controller)
+    }
+
     /// An event stream, past its Ready.
     pub async fn watch(&self) -> Events {
         let request = proto::WatchRequest::new();

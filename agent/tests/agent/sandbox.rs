@@ -1,5 +1,6 @@
 //! Watch, Info, SetUpSandbox, and clients that come and go.
 
+use std::path::Path;
 use std::process::Command;
 
 use cella_proto::agent as proto;
@@ -66,40 +67,7 @@ async fn a_sandbox_is_set_up_in_one_call_and_once() {
         return;
     };
     let tmpfs = sandbox.dir.path().join("volume");
-    let request = proto::SetUpSandboxRequest {
-        hostname: "pod-of-the-test".to_owned(),
-        mounts: vec![proto::Mount {
-            source: "volume".to_owned(),
-            destination: tmpfs.to_string_lossy().into_owned(),
-            fstype: "tmpfs".to_owned(),
-            options: vec!["ro".to_owned(), "size=1m".to_owned()],
-            ..Default::default()
-        }],
-        interfaces: vec![proto::Interface {
-            name: "eth0".to_owned(),
-            hardware_address: "02:00:00:00:00:07".to_owned(),
-            mtu: 1400,
-            addresses: vec!["10.9.8.7/24".to_owned(), "fd00:9::7/64".to_owned()],
-            ..Default::default()
-        }],
-        routes: vec![proto::Route {
-            gateway: "10.9.8.1".to_owned(),
-            interface: "eth0".to_owned(),
-            mtu: 1300,
-            ..Default::default()
-        }],
-        neighbors: vec![proto::Neighbor {
-            address: "10.9.8.1".to_owned(),
-            hardware_address: "02:00:00:00:00:01".to_owned(),
-            interface: "eth0".to_owned(),
-            ..Default::default()
-        }],
-        resolv_conf: "nameserver 10.9.8.1\n".to_owned(),
-        sysctls: [("net.ipv4.ip_forward".to_owned(), "1".to_owned())].into(),
-        entropy: vec![7; 32],
-        shm_bytes: 1 << 20,
-        ..Default::default()
-    };
+    let request = whole_request(&tmpfs);
     sandbox
         .client
         .set_up_sandbox(soon(), &request)
@@ -206,4 +174,42 @@ fn in_guest(sandbox: &Sandbox, command: &str) -> String {
         .unwrap();
     assert!(output.status.success(), "{command}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// A request for everything that there is.
+fn whole_request(tmpfs: &Path) -> proto::SetUpSandboxRequest {
+    proto::SetUpSandboxRequest {
+        hostname: "pod-of-the-test".to_owned(),
+        mounts: vec![proto::Mount {
+            source: "volume".to_owned(),
+            destination: tmpfs.to_string_lossy().into_owned(),
+            fstype: "tmpfs".to_owned(),
+            options: vec!["ro".to_owned(), "size=1m".to_owned()],
+            ..Default::default()
+        }],
+        interfaces: vec![proto::Interface {
+            name: "eth0".to_owned(),
+            hardware_address: "02:00:00:00:00:07".to_owned(),
+            mtu: 1400,
+            addresses: vec!["10.9.8.7/24".to_owned(), "fd00:9::7/64".to_owned()],
+            ..Default::default()
+        }],
+        routes: vec![proto::Route {
+            gateway: "10.9.8.1".to_owned(),
+            interface: "eth0".to_owned(),
+            mtu: 1300,
+            ..Default::default()
+        }],
+        neighbors: vec![proto::Neighbor {
+            address: "10.9.8.1".to_owned(),
+            hardware_address: "02:00:00:00:00:01".to_owned(),
+            interface: "eth0".to_owned(),
+            ..Default::default()
+        }],
+        resolv_conf: "nameserver 10.9.8.1\n".to_owned(),
+        sysctls: [("net.ipv4.ip_forward".to_owned(), "1".to_owned())].into(),
+        entropy: vec![7; 32],
+        shm_bytes: 1 << 20,
+        ..Default::default()
+    }
 }

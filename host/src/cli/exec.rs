@@ -68,9 +68,9 @@ fn process(record: &Record, args: &Args) -> Result<Process, Error> {
     process.set_args(Some(args.command.clone()));
     process.set_terminal(Some(args.tty));
     let mut env = process.env().clone().unwrap_or_default();
-    crate::spec::set_env(&mut env, &args.env)?;
-    if args.tty {
-        crate::spec::default_env(&mut env, "TERM", "xterm");
+    crate::spec::set_env(&mut env, &args.env, "--env")?;
+    if args.tty && !crate::spec::has_env(&env, "TERM") {
+        env.push("TERM=xterm".into());
     }
     process.set_env(Some(env));
     Ok(process)

@@ -11,6 +11,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::gc;
 use crate::sandbox::state::{ContainerState, Status};
+use crate::spec::parse_signal;
 
 /// How long a container's runner may take to settle its end after it was killed.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -65,7 +66,8 @@ pub async fn stop(context: &Context, args: StopArgs) -> Result<u8, Error> {
 
 /// Sends a signal to a container's init.
 pub async fn kill(context: &Context, args: KillArgs) -> Result<u8, Error> {
-    let number = signal_number(&args.signal)?;
+    let number = parse_signal(&args.signal)
+        .ok_or_else(|| Error::usage(format!("'{}' is no signal", args.signal)))?;
     let record = Record::open(&context.paths, &args.id)?;
     let state = running(&record)?;
     attach(context, &state)
@@ -192,42 +194,4 @@ fn running(record: &Record) -> Result<ContainerState, Error> {
 async fn attach(context: &Context, state: &ContainerState) -> Result<Sandbox, Error> {
     let dir = SandboxDir::new(&context.paths, &state.sandbox)?;
     Ok(Sandbox::attach(dir).await?)
-}
-
-/// The number of a signal by its name, with or without SIG, or its number.
-fn signal_number(text: &str) -> Result<u32, Error> {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
-        "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
-        "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
-    let upper = text.to_ascii_uppercase();
-    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    let by_name = NAMES.iter().position(|known| *known == name);
-    let number = match by_name {
-        Some(index) => u32::try_from(index + 1).ok(),
-        None => text.parse().ok().filter(|number| (1..=64).contains(number)),
-    };
-    number.ok_or_else(|| Error::usage(format!("'{text}' is no signal")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn signals_by_name_and_number() {
-        for (text, number) in [
-            ("KILL", 9),
-            ("sigterm", 15),
-            ("HUP", 1),
-            ("SYS", 31),
-            ("34", 34),
-        ] {
-            assert_eq!(signal_number(text).unwrap(), number);
-        }
-        for wrong in ["", "0", "65", "SIG", "NOPE", "-9"] {
-            assert!(signal_number(wrong).is_err(), "{wrong}");
-        }
-    }
 }

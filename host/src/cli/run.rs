@@ -218,7 +218,9 @@ impl Container<'_> {
             .map_err(|e| Error::host(format!("making {}", share.display()), e))?;
         source.mount(&rootfs, &dir.container_scratch(self.id))?;
         let options = SpecOptions {
-            command: self.args.command.clone(),
+            args: self.args.command.clone(),
+            hostname: Some(dir.id().to_owned()),
+            root: "rootfs".into(),
             env: self.args.env.clone(),
             terminal: self.args.tty,
             mounts: volumes,

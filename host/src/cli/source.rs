@@ -53,16 +53,20 @@ impl Source {
     /// The image's user does not exist, or an option is no option.
     pub fn spec(&self, options: &SpecOptions, rootfs: &Path) -> Result<Spec, Error> {
         let bundle = match self {
-            Self::Image(image) => return Ok(spec::for_image(image, options, rootfs)?),
+            Self::Image(image) => {
+                let spec = spec::for_image(image, options, rootfs)?;
+                spec::make_directories(image, &spec, rootfs)?;
+                return Ok(spec);
+            }
             Self::Bundle(bundle) => bundle,
         };
         let mut spec = bundle.spec.clone();
         if let Some(process) = spec.process_mut() {
-            if !options.command.is_empty() {
-                process.set_args(Some(options.command.clone()));
+            if !options.args.is_empty() {
+                process.set_args(Some(options.args.clone()));
             }
             let mut env = process.env().clone().unwrap_or_default();
-            spec::set_env(&mut env, &options.env)?;
+            spec::set_env(&mut env, &options.env, "--env")?;
             process.set_env(Some(env));
             if options.terminal {
                 process.set_terminal(Some(true));

@@ -111,5 +111,11 @@ impl Image {
     }
 }
 
+/// Makes `paths` as directories in the root file system at `rootfs`, with mode 0755, where they are
+/// missing. Links are followed as in a chroot.
+pub(crate) fn make_directories(rootfs: &Path, paths: &[PathBuf]) -> Result<()> {
+    layer::make_directories(rootfs, paths)
+}
+
 #[cfg(test)]
 mod testing;

@@ -36,8 +36,7 @@ pub(super) fn load(memory: &GuestMemoryMmap, mut file: File) -> Result<Kernel, B
     // An explicit offset of nothing: the loader then ignores the notes, whose sizes it adds up unchecked.
     let offset = Some(GuestAddress(0));
     let lowest = Some(GuestAddress(layout::HIGH_MEMORY));
-    let loaded =
-        Elf::load(memory, offset, &mut file, lowest).map_err(BootError::LoadKernel)?;
+    let loaded = Elf::load(memory, offset, &mut file, lowest).map_err(BootError::LoadKernel)?;
     // `kernel_end` counts the zeroed tail (bss), which the loader does not touch and so does not check.
     if loaded.kernel_end > low_ram_end(memory) {
         return Err(BootError::NotAKernel("it ends beyond the guest's memory"));

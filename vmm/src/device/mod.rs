@@ -6,11 +6,10 @@
 //! everything back at reset.
 
 pub mod block;
+pub mod fs;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-
-pub mod fs;
 pub mod vsock;
 
 use std::os::fd::RawFd;

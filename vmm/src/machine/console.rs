@@ -38,14 +38,22 @@ impl BusDevice for Console {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data) {
-            *byte = self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset);
+            *byte = self
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .read(offset);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data) {
             // Output that cannot be written is lost: the console is no reason to stop a guest.
-            let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, *byte);
+            let _ = self
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .write(offset, *byte);
         }
     }
 }

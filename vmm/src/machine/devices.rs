@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
-use crate::device::Device;
 use crate::device::block::{Block, BlockError};
+use crate::device::fs::{Fs, FsError};
 use crate::device::rng::Rng;
-use crate::jail::ThreadKind;
+use crate::device::vsock::Vsock;
+use crate::device::{Device, DeviceError};
+use crate::jail::{self, ThreadKind};
 use crate::transport::mmio::MmioTransport;
 
 /// A device as it was asked for, its files open.
@@ -47,6 +50,12 @@ pub enum DevicesError {
     /// The image cannot be used.
     #[error("making a block device: {0}")]
     Block(#[source] BlockError),
+    /// The listener cannot be used.
+    #[error("making the vsock device: {0}")]
+    Vsock(#[source] DeviceError),
+    /// The shared directory cannot be served.
+    #[error("making the file system device: {0}")]
+    Fs(#[source] FsError),
     /// The machine has no room, or KVM refused.
     #[error("connecting device {name}: {source}")]
     Connect {
@@ -163,6 +172,21 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             device: Box::new(Rng::new()),
             thread: None,
         },
-        _ => todo!(),
+        DeviceSpec::Vsock {
+            guest_cid,
+            listener,
+        } => Made {
+            name: "vsock",
+            device: Box::new(
+                Vsock::new(guest_cid, listener, jail::SOCKETS.into())
+                    .map_err(DevicesError::Vsock)?,
+            ),
+            thread: None,
+        },
+        DeviceSpec::Fs { tag } => Made {
+            name: "fs",
+            device: Box::new(Fs::new(&tag, Path::new(jail::SHARE)).map_err(DevicesError::Fs)?),
+            thread: Some(ThreadKind::Fs),
+        },
     })
 }

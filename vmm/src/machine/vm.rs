@@ -19,18 +19,23 @@ use crate::vcpu::cpuid::HostCpuid;
 ///
 /// # Errors
 /// KVM refuses something.
-pub(super) fn create(device: File, memory: &GuestMemory) -> Result<(VmFd, HostCpuid), MachineError> {
+pub(super) fn create(
+    device: File,
+    memory: &GuestMemory,
+) -> Result<(VmFd, HostCpuid), MachineError> {
     // SAFETY: the descriptor is open, and this owns it from here on.
     let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(device.into_raw_fd()) };
     let cpuid = HostCpuid::read(&kvm).map_err(refused("KVM_GET_SUPPORTED_CPUID on /dev/kvm"))?;
     let vm = create_vm(&kvm)?;
     add_memory(&vm, memory)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
-    vm.set_tss_address(tss).map_err(refused("KVM_SET_TSS_ADDR"))?;
+    vm.set_tss_address(tss)
+        .map_err(refused("KVM_SET_TSS_ADDR"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
     exit_on_emulation_failure(&vm);
-    vm.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
+    vm.create_irq_chip()
+        .map_err(refused("KVM_CREATE_IRQCHIP"))?;
     let pit = kvm_pit_config {
         flags: KVM_PIT_SPEAKER_DUMMY,
         ..Default::default()

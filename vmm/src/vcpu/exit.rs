@@ -63,7 +63,9 @@ pub fn handle(exit: VcpuExit<'_>, buses: &Buses) -> (ExitReason, Outcome) {
         ),
         VcpuExit::FailEntry(reason, cpu) => (
             ExitReason::Other,
-            Outcome::Failure(format!("entering the guest failed on CPU {cpu}: {reason:#x}")),
+            Outcome::Failure(format!(
+                "entering the guest failed on CPU {cpu}: {reason:#x}"
+            )),
         ),
         VcpuExit::MemoryFault { gpa, size, .. } => (
             ExitReason::Other,
@@ -139,7 +141,10 @@ mod tests {
         let (buses, mmio, io) = buses();
         let mut data = [0; 4];
         let done = handle(VcpuExit::MmioRead(0xd000_0010, &mut data), &buses);
-        assert_eq!((done, data), ((ExitReason::MmioRead, Outcome::Continue), [0x5a; 4]));
+        assert_eq!(
+            (done, data),
+            ((ExitReason::MmioRead, Outcome::Continue), [0x5a; 4])
+        );
         handle(VcpuExit::MmioWrite(0xd000_0070, &[1, 2]), &buses);
         assert_eq!(*mmio.0.lock().unwrap(), [(0x70, vec![1, 2])]);
         let mut data = [0];
@@ -181,7 +186,10 @@ mod tests {
         assert_eq!(status, [0], "ready for a command");
         let stop = |exit| handle(exit, &buses).1;
         assert_eq!(stop(VcpuExit::Shutdown), Outcome::GuestStop("triple fault"));
-        assert_eq!(stop(VcpuExit::SystemEvent(1, &[])), Outcome::GuestStop("power off"));
+        assert_eq!(
+            stop(VcpuExit::SystemEvent(1, &[])),
+            Outcome::GuestStop("power off")
+        );
         assert_eq!(stop(VcpuExit::SystemEvent(2, &[])), reset);
     }
 
@@ -193,7 +201,11 @@ mod tests {
             VcpuExit::FailEntry(7, 0),
             VcpuExit::SystemEvent(99, &[]),
             VcpuExit::Unsupported(1234),
-            VcpuExit::MemoryFault { flags: 0, gpa: 0x1000, size: 0x1000 },
+            VcpuExit::MemoryFault {
+                flags: 0,
+                gpa: 0x1000,
+                size: 0x1000,
+            },
         ] {
             assert!(matches!(handle(exit, &buses).1, Outcome::Failure(_)));
         }

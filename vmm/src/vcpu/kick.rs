@@ -90,6 +90,7 @@ impl Target {
     pub fn kick(self) {
         // SAFETY: plain numbers. A thread of ours that got the same id later would find no vCPU in its handler,
         // or leave KVM_RUN once for nothing.
-        let _ = unsafe { libc::syscall(libc::SYS_tgkill, self.process, self.thread, kick_signal()) };
+        let _ =
+            unsafe { libc::syscall(libc::SYS_tgkill, self.process, self.thread, kick_signal()) };
     }
 }

@@ -33,7 +33,13 @@ const DELIVERY_AND_MASK: u32 = (7 << 8) | (1 << 16);
 /// # Errors
 /// KVM refuses something.
 pub fn create(vm: &VmFd, host: &HostCpuid, index: u32, count: u32) -> Result<VcpuFd, VcpuError> {
-    let kvm = |action| move |source| VcpuError::Kvm { index, action, source };
+    let kvm = |action| {
+        move |source| VcpuError::Kvm {
+            index,
+            action,
+            source,
+        }
+    };
     let vcpu = vm
         .create_vcpu(u64::from(index))
         .map_err(kvm("KVM_CREATE_VCPU"))?;

@@ -15,7 +15,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+};
 use kvm_ioctls::VcpuFd;
 
 use super::emulate::Emulator;
@@ -198,7 +200,8 @@ impl Runner {
     ) -> io::Result<Self> {
         Ok(Self {
             index: parts.index,
-            kickable: Kickable::bind(parts.vcpu).map_err(|error| io::Error::other(error.to_string()))?,
+            kickable: Kickable::bind(parts.vcpu)
+                .map_err(|error| io::Error::other(error.to_string()))?,
             buses: parts.buses,
             emulator: parts.emulator,
             on_end: parts.on_end,
@@ -289,7 +292,10 @@ impl Runner {
             true => usize::from(instruction.insn_size),
             false => 0,
         };
-        let bytes = instruction.insn_bytes.get(..size).unwrap_or(&instruction.insn_bytes);
+        let bytes = instruction
+            .insn_bytes
+            .get(..size)
+            .unwrap_or(&instruction.insn_bytes);
         self.emulator
             .complete(vcpu, bytes)
             .map_err(|error| error.to_string())

@@ -16,7 +16,8 @@ mod apply;
 mod root;
 
 use std::io::Read;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use super::compression;
 use super::digest::{Expected, Sha256Digest, Verifier};
@@ -112,6 +113,27 @@ fn tar_error(layer: &str, error: TarError) -> Error {
         TarError::Limit(limit) => Error::limit(format!("layer {layer}"), limit),
         other => Error::malformed(format!("layer {layer}"), other.to_string()),
     }
+}
+
+/// Makes `paths` as directories beneath `rootfs`, where they are missing.
+pub(super) fn make_directories(rootfs: &Path, paths: &[PathBuf]) -> Result<()> {
+    let root = root::Root::open(rootfs)?;
+    for path in paths {
+        let what = format!("directory {}", path.display());
+        let Some(components) = root::components(path.as_os_str().as_bytes()) else {
+            return Err(Error::option(what, "it leads out of the root file system"));
+        };
+        root.make_directory(&components)
+            .map_err(|refused| match refused {
+                root::Refused::Layer(reason) => Error::option(what, reason),
+                root::Refused::Host(action, source) => Error::Io {
+                    action,
+                    path: path.clone(),
+                    source,
+                },
+            })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

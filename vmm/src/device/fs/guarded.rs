@@ -7,6 +7,8 @@
 //! | sizes that the server allocates are capped | they come from the guest |
 //! | files held are counted ([`Budget`]) | the descriptors are the process's |
 //! | inode numbers are the server's own | files of different mounts in the share have the same numbers on the host |
+//!
+//! A long file because FUSE has many operations: one method each, most of which only pass on.
 
 use std::ffi::CStr;
 use std::io;

@@ -26,6 +26,7 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use rustix::process::Resource;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryMmap};
@@ -37,8 +38,6 @@ use super::{Device, DeviceError, Resources, Watcher};
 /// How long the guest may believe a name or an attribute without asking again.
 pub const VALIDITY: Duration = Duration::from_secs(1);
 
-/// The virtio device id of a file system.
-const DEVICE_ID: u32 = 26;
 /// Bytes of the tag, padded with zeros.
 const TAG_LEN: usize = 36;
 
@@ -133,7 +132,8 @@ impl Fs {
         })
     }
 
-    // Serves every request of queue `index`.
+    // Serves every request of queue `index`. A driver that never stops asking keeps this thread busy, and nobody
+    // else: vCPUs that are paused or stopped ask nothing.
     fn serve_queue(&mut self, index: usize) -> Result<(), DeviceError> {
         let resources = self.active.as_mut().ok_or(INACTIVE)?;
         let guard = resources.memory.memory();
@@ -237,7 +237,7 @@ fn pop<'m>(
 
 impl Device for Fs {
     fn id(&self) -> u32 {
-        DEVICE_ID
+        VIRTIO_ID_FS
     }
 
     fn features(&self) -> u64 {

@@ -31,8 +31,10 @@
 //! has room for. Ours is [`BUFFER_SIZE`], promised to the guest and kept in `backlog`, which holds only what
 //! the socket did not take at once. The guest's is never overdrawn; a guest that overdraws ours is reset.
 
+mod to_guest;
+mod to_host;
+
 use std::collections::VecDeque;
-use std::io;
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::fd::AsFd;
@@ -193,18 +195,6 @@ impl Connection {
         std::mem::take(&mut self.reset)
     }
 
-    /// True if data waits for credit that has not been asked for again. A guest announces new credit unasked; the
-    /// owner asks all the same when that takes long.
-    pub fn starved(&self) -> bool {
-        self.reads() && self.readable && self.credit() == 0 && !self.credit_requested
-    }
-
-    /// Asks the guest for its credit.
-    pub fn ask_for_credit(&mut self) {
-        self.credit_request = true;
-        self.credit_requested = true;
-    }
-
     /// Gives the connection up: it took too long, or the host's end is gone. A guest that knows of it is reset.
     pub fn abandon(&mut self) {
         if matches!(self.phase, Phase::Connecting | Phase::Open) {
@@ -212,25 +202,6 @@ impl Connection {
             self.reset = !self.request;
         }
         self.phase = Phase::Closed;
-    }
-
-    // Data may still come from the socket.
-    fn reads(&self) -> bool {
-        self.phase == Phase::Open && !self.socket_finished && !self.guest_deaf
-    }
-
-    // Bytes that the guest has room for. A guest that claims to have taken more than it was sent gets nothing.
-    fn credit(&self) -> u32 {
-        let in_flight = self.sent - self.guest_forwarded;
-        self.guest_alloc.saturating_sub(in_flight.0)
-    }
-
-    fn take_credit(&mut self, header: &Header) {
-        self.guest_alloc = header.buf_alloc;
-        self.guest_forwarded = Wrapping(header.fwd_cnt);
-        if self.credit() > 0 {
-            self.credit_requested = false;
-        }
     }
 
     /// Takes the socket's readiness. Whatever comes unasked for is a hang-up or an error.
@@ -274,55 +245,6 @@ impl Connection {
         }
     }
 
-    fn become_deaf(&mut self) {
-        self.forward(self.backlog.len());
-        self.backlog = VecDeque::new();
-        self.socket_deaf = true;
-        if self.phase == Phase::Draining {
-            self.phase = Phase::Closed;
-        }
-    }
-
-    // Counts bytes of the guest's as gone, and owes it the news before it runs out of credit.
-    fn forward(&mut self, bytes: usize) {
-        // At most BUFFER_SIZE and MAX_PAYLOAD, which a u32 holds.
-        self.forwarded += Wrapping(bytes as u32);
-        if (self.forwarded - self.announced).0 >= BUFFER_SIZE / 2 {
-            self.credit_update = true;
-        }
-    }
-
-    // Writes backlogged data to the socket until it takes no more.
-    fn flush(&mut self) {
-        while !self.backlog.is_empty() {
-            let chunk = self.backlog.make_contiguous();
-            match Buffers::from(chunk).send(self.stream.as_fd()) {
-                Ok(sent) => {
-                    self.backlog.drain(..sent);
-                    self.forward(sent);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => return self.become_deaf(),
-            }
-        }
-        // Idle connections hold no buffer.
-        self.backlog = VecDeque::new();
-        self.finish_writing();
-    }
-
-    // Passes the guest's end of data on, once the socket has all of it.
-    fn finish_writing(&mut self) {
-        if self.backlog.is_empty() && self.guest_finished && !self.socket_deaf {
-            // Fails only if the peer has gone, which the socket tells by itself.
-            let _ = self.stream.shutdown(Shutdown::Write);
-            self.socket_deaf = true;
-            if self.phase == Phase::Draining {
-                self.phase = Phase::Closed;
-            }
-        }
-    }
-
     /// Takes a packet of the guest's with `payload`, which is as long as the header says.
     pub fn packet(&mut self, op: Op, header: &Header, payload: Buffers<'_>) {
         self.take_credit(header);
@@ -357,28 +279,6 @@ impl Connection {
         }
     }
 
-    fn data(&mut self, mut payload: Buffers<'_>) {
-        let room = (BUFFER_SIZE as usize).saturating_sub(self.backlog.len());
-        if self.guest_finished || payload.len() > room {
-            return self.violation();
-        }
-        if self.socket_deaf {
-            return self.forward(payload.len());
-        }
-        while self.backlog.is_empty() && !payload.is_empty() {
-            match payload.send(self.stream.as_fd()) {
-                Ok(sent) => self.forward(sent),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => {
-                    self.forward(payload.len());
-                    return self.become_deaf();
-                }
-            }
-        }
-        payload.drain_to(&mut self.backlog);
-    }
-
     fn guest_shutdown(&mut self, flags: u32) {
         if flags & SHUTDOWN_RECEIVE != 0 && !self.guest_deaf {
             self.guest_deaf = true;
@@ -393,20 +293,6 @@ impl Connection {
             // Answered at once, so that the guest can forget the connection; its data still drains.
             self.reset = true;
             self.guest_gone();
-        }
-    }
-
-    // Closing a socket with unread data would end the peer's reading with `ECONNRESET` instead of an end of
-    // file. After the shutdown no more can come: what there is fits the socket's buffer.
-    fn discard_unread(&mut self) {
-        let mut chunk = [0; 4096];
-        loop {
-            match Buffers::from(chunk.as_mut_slice()).receive(self.stream.as_fd()) {
-                Ok(0) => return,
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
-            }
         }
     }
 
@@ -477,34 +363,6 @@ impl Connection {
             self.phase = Phase::Closed;
         }
         Some(self.header(Op::Shutdown, 0, self.shutdown_sent))
-    }
-
-    // Receives data that the guest has room for; `None` if there is none now.
-    fn receive(&mut self, room: &mut Buffers<'_>) -> Option<u32> {
-        let most = self.credit().min(MAX_PAYLOAD);
-        if !self.reads() || !self.readable || most == 0 || room.is_empty() {
-            return None;
-        }
-        room.truncate(most as usize);
-        loop {
-            match room.receive(self.stream.as_fd()) {
-                Ok(0) => self.socket_finished = true,
-                Ok(len) => {
-                    let len = len as u32;
-                    self.sent += Wrapping(len);
-                    return Some(len);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The peer closed without reading everything (`ECONNRESET`): nothing comes, nothing goes.
-                Err(_) => {
-                    self.socket_finished = true;
-                    self.become_deaf();
-                }
-            }
-            self.readable = false;
-            return None;
-        }
     }
 
     fn header(&mut self, op: Op, len: u32, flags: u32) -> Header {

@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
@@ -39,8 +40,6 @@ use self::muxer::Muxer;
 use self::packet::{HEADER_LEN, Header};
 use super::{Device, DeviceError, Readiness, Resources, Watcher};
 
-/// The virtio device id of a socket device.
-const DEVICE_ID: u32 = 19;
 /// `VIRTIO_VSOCK_F_STREAM`.
 const F_STREAM: u32 = 0;
 
@@ -234,7 +233,7 @@ fn pop<'m>(
 
 impl Device for Vsock {
     fn id(&self) -> u32 {
-        DEVICE_ID
+        VIRTIO_ID_VSOCK
     }
 
     fn features(&self) -> u64 {

@@ -181,11 +181,7 @@ impl Step<'_> {
         exception.map_or(Ok(()), |exception| self.raise(exception))
     }
 
-    fn execute(
-        &self,
-        instruction: &Instruction,
-        next: u64,
-    ) -> Result<Completion, EmulateError> {
+    fn execute(&self, instruction: &Instruction, next: u64) -> Result<Completion, EmulateError> {
         let cr0 = self.sregs.cr0;
         match (instruction.operation, instruction.operand) {
             (Operation::Int3, _) => Ok(Completion::Trap(Exception::new(BREAKPOINT))),

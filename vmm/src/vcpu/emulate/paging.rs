@@ -63,7 +63,11 @@ impl<'a> AddressSpace<'a> {
         Self {
             memory,
             root: sregs.cr3 & ADDRESS,
-            levels: if sregs.cr4 & CR4_FIVE_LEVELS != 0 { 5 } else { 4 },
+            levels: if sregs.cr4 & CR4_FIVE_LEVELS != 0 {
+                5
+            } else {
+                4
+            },
             write_protect: sregs.cr0 & CR0_WRITE_PROTECT != 0,
         }
     }
@@ -172,7 +176,9 @@ impl<'a> AddressSpace<'a> {
                 self.mark(slot, DIRTY)?;
             }
             let within = (1 << shift) - 1;
-            return Ok(GuestAddress((entry & ADDRESS & !within) | (linear & within)));
+            return Ok(GuestAddress(
+                (entry & ADDRESS & !within) | (linear & within),
+            ));
         }
     }
 
@@ -247,10 +253,16 @@ mod tests {
         let mut data = [0; 9];
         space.read(LINEAR + 0xffb, &mut data).unwrap();
         assert_eq!(&data, b"frontback");
-        assert_eq!(entry(&memory, 0x4008), 0x8003 | ACCESSED, "read, not written");
+        assert_eq!(
+            entry(&memory, 0x4008),
+            0x8003 | ACCESSED,
+            "read, not written"
+        );
         write(&space, LINEAR + 0x10, b"new").unwrap();
         let mut written = [0; 3];
-        memory.read_slice(&mut written, GuestAddress(0x8010)).unwrap();
+        memory
+            .read_slice(&mut written, GuestAddress(0x8010))
+            .unwrap();
         assert_eq!(&written, b"new");
         assert_eq!(entry(&memory, 0x4008), 0x8003 | ACCESSED | DIRTY);
     }
@@ -298,7 +310,9 @@ mod tests {
     #[test]
     fn five_levels_reach_further() {
         let (memory, mut sregs) = guest();
-        memory.write_obj(PML4 | 3, GuestAddress(0x9000 + 0x1ff * 8)).unwrap();
+        memory
+            .write_obj(PML4 | 3, GuestAddress(0x9000 + 0x1ff * 8))
+            .unwrap();
         sregs.cr3 = 0x9000;
         sregs.cr4 = CR4_FIVE_LEVELS;
         let space = AddressSpace::new(&memory, &sregs);

@@ -193,7 +193,9 @@ fn mxcsr(area: &[u8]) -> Result<u32, Invalid> {
 }
 
 fn bits(mask: u64) -> impl Iterator<Item = u64> {
-    (0..64).map(|bit| 1 << bit).filter(move |bit| mask & bit != 0)
+    (0..64)
+        .map(|bit| 1 << bit)
+        .filter(move |bit| mask & bit != 0)
 }
 
 fn copy_range(to: &mut [u8], from: &[u8], range: Range<usize>) {

@@ -1,10 +1,11 @@
 //! Guests that break the rules.
 
 use std::os::unix::fs::symlink;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, IoctlIn, Opcode, OutHeader, ReadIn};
 use proptest::prelude::*;
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace};
 
 use super::client::{Client, ROOT, cstr, words_bytes};
 use crate::device::Device;
@@ -220,6 +221,71 @@ fn huge_requests_allocate_nothing() {
         let answer = client.call(Opcode::Readdir, ROOT, read.as_slice(), 4096);
         assert_eq!(answer, Err(libc::ENOMEM));
     }
+}
+
+#[test]
+fn a_name_that_changes_while_it_is_read_cannot_lead_out() {
+    let mut client = Client::new();
+    client.mkdir(ROOT, "sub").unwrap();
+    let request = client.request(
+        Opcode::Mkdir as u32,
+        ROOT,
+        &[words_bytes(&[0o755, 0]), cstr("aa/xx")].concat(),
+    );
+    client.driver.free_all();
+    let address = client.driver.alloc_bytes(&request);
+    let reply = client.driver.alloc(256);
+    let name = address + request.len() as u64 - 6;
+    let memory = client.driver.memory().clone();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let guard = memory.memory();
+            let mut turn = 0;
+            while !stop.load(Ordering::Relaxed) {
+                turn += 1;
+                for (at, byte) in [b"../x\0\0", b"sub/..", b"new\0/.", b"......"][turn % 4]
+                    .iter()
+                    .enumerate()
+                {
+                    guard
+                        .store(*byte, GuestAddress(name + at as u64), Ordering::Relaxed)
+                        .unwrap();
+                }
+                // The header's length.
+                let len = request.len() as u32 - (turn % 9) as u32;
+                guard
+                    .store(len, GuestAddress(address), Ordering::Relaxed)
+                    .unwrap();
+            }
+        });
+        for _ in 0..20_000 {
+            let readable = Buffer {
+                address,
+                len: request.len() as u32,
+                writable: false,
+            };
+            let writable = Buffer {
+                address: reply,
+                len: 256,
+                writable: true,
+            };
+            client.driver.offer(REQUEST, &[readable, writable]);
+            client.driver.kick(REQUEST).unwrap();
+            assert_eq!(client.driver.used(REQUEST).len(), 1);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let beside: Vec<_> = std::fs::read_dir(client.path().parent().unwrap())
+        .unwrap()
+        .collect();
+    assert_eq!(beside.len(), 1, "{beside:?}");
+    assert_eq!(
+        std::fs::read_dir(client.path().join("sub"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 proptest! {

@@ -2,9 +2,11 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::guest::{CID, Guest};
 use crate::device::Device;
@@ -329,6 +331,65 @@ fn a_starved_connection_asks_for_credit() {
     guest.expect_nothing();
     guest.take(pair);
     assert!(!guest.data(pair).is_empty());
+}
+
+#[test]
+fn memory_that_changes_while_it_is_read_harms_its_connection_only() {
+    let mut guest = Guest::new();
+    let (mut client, pair) = guest.accept(1);
+    let (_other, victim) = guest.accept(2);
+    let good = Header {
+        len: 500,
+        ..guest.header(victim, Op::ReadWrite)
+    };
+    let bytes = [&good.format()[..], &[9; 500]].concat();
+    let address = guest.driver.alloc_bytes(&bytes);
+    // Descriptor 63 is the last of the queue; the harness takes others.
+    let table = TX as u64 * 0x2000 + 63 * 16;
+    let memory = guest.driver.memory().clone();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let guard = memory.memory();
+            let mut turn = 0_u32;
+            while !stop.load(Ordering::Relaxed) {
+                turn = turn.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let wild = turn.rotate_left(turn % 32);
+                // The header's length, its operation; the descriptor's length, its address.
+                guard
+                    .store(wild, GuestAddress(address + 24), Ordering::Relaxed)
+                    .unwrap();
+                guard
+                    .store(
+                        (wild % 9) as u16,
+                        GuestAddress(address + 30),
+                        Ordering::Relaxed,
+                    )
+                    .unwrap();
+                guard
+                    .store(wild % 700, GuestAddress(table + 8), Ordering::Relaxed)
+                    .unwrap();
+                let place = if wild.is_multiple_of(5) {
+                    u64::from(wild)
+                } else {
+                    address
+                };
+                guard
+                    .store(place, GuestAddress(table), Ordering::Relaxed)
+                    .unwrap();
+            }
+        });
+        for _ in 0..20_000 {
+            guest
+                .driver
+                .set_descriptor(TX, 63, (address, bytes.len() as u32), 0, 0);
+            guest.driver.publish(TX, 63);
+            guest.driver.kick(TX).unwrap();
+            assert_eq!(guest.driver.used(TX).len(), 1);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_alive(&mut guest, &mut client, pair);
 }
 
 // A header that is right in most fields, so that it gets past the first checks.

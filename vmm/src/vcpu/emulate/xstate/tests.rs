@@ -43,7 +43,11 @@ fn saving_writes_the_requested_components_and_nothing_else() {
     assert!(all(&saved[416..512], 0xee), "reserved for software");
     assert!(all(&saved[576..832], 0x12));
     assert!(all(&saved[832..840], 0x83), "component 9 was not asked for");
-    assert_eq!(in_use(&saved), 0x207, "what was not asked for keeps its bit");
+    assert_eq!(
+        in_use(&saved),
+        0x207,
+        "what was not asked for keeps its bit"
+    );
     assert!(all(&saved[HEADER_ZEROES], 0));
 }
 
@@ -121,7 +125,14 @@ fn invalid_areas_are_refused() {
     let mut mxcsr = good.clone();
     mxcsr[26] = 1;
     let unknown = area(0x80, 0x8);
-    for bad in [&compact, &reserved, &mxcsr, &unknown, &vec![0; 575], &vec![]] {
+    for bad in [
+        &compact,
+        &reserved,
+        &mxcsr,
+        &unknown,
+        &vec![0; 575],
+        &vec![],
+    ] {
         assert_eq!(restore(&mut state, bad, 0x7, &layout()), Err(Invalid));
     }
     restore(&mut state, &good, 0x7, &layout()).unwrap();
