@@ -313,22 +313,29 @@ impl Container {
         self.parts.cgroup.oom_watch()
     }
 
-    /// Removes what is left: processes, cgroup. Runs the poststop hooks. What fails does not stop the rest, and is
-    /// returned in the end. Refused while the container runs; a created one is killed, and reaped here.
-    pub fn delete(mut self) -> Result<()> {
-        self.require("delete", &[Status::Created, Status::Stopped])?;
+    /// Removes what is left: processes, cgroup. Then runs the poststop hooks, all of them, and returns the first
+    /// one's failure. The container comes back with an error: to be deleted again, unless it is [`Error::Hook`],
+    /// which leaves nothing to do. Refused while the container runs; a created one is killed, and reaped here.
+    #[allow(clippy::result_large_err, reason = "the container is given back")]
+    pub fn delete(mut self) -> std::result::Result<(), (Self, Error)> {
+        if let Err(error) = self.require("delete", &[Status::Created, Status::Stopped]) {
+            return Err((self, error));
+        }
         if self.status == Status::Created {
             spawn::kill_and_reap(&self.parts.child.pidfd);
             self.status = Status::Stopped;
         }
-        let mut result = self.parts.cgroup.remove();
+        if let Err(error) = self.parts.cgroup.remove() {
+            return Err((self, error));
+        }
+        let mut result = Ok(());
         for hook in self.parts.hooks.poststop().iter().flatten() {
             let hook = vec![hook.clone()];
             let state = self.hook_state("stopped");
             let ran = hooks::run("poststop", Some(&hook), Place::Runtime, state);
             result = result.and(ran);
         }
-        result
+        result.map_err(|error| (self, error))
     }
 }
 

@@ -307,7 +307,7 @@ impl Boxed {
     }
 
     pub(super) fn delete(self) -> Outcome {
-        Ok(self.container.delete()?)
+        self.container.delete().map_err(|(_, error)| error.into())
     }
 
     /// Runs a process in it to its end.
