@@ -15,6 +15,11 @@ agent=$1
 output=$2
 inode=0
 
+if readelf -d "$agent" | grep -q NEEDED; then
+    echo "$0: $agent needs shared libraries, which a guest does not have (LIBSECCOMP_LINK_TYPE=static?)" >&2
+    exit 1
+fi
+
 pad() { # to a multiple of 4 bytes, from a length
     count=$(((4 - $1 % 4) % 4))
     while [ "$count" -gt 0 ]; do

@@ -157,15 +157,10 @@ impl Container {
     /// container killed but yet to be reaped by the caller.
     pub fn start(&mut self) -> Result<()> {
         self.require("start", &[Status::Created])?;
-        let hooks = &self.parts.hooks;
-        let result = hooks::run(
-            "startContainer",
-            hooks.start_container().as_ref(),
-            Place::Container(self.pidfd(), self.parts.plan.namespaces.own),
-            self.hook_state("created"),
-        )
-        .and_then(|()| go_on(&self.parts.socket))
-        .and_then(|()| receive(&self.parts.socket));
+        let result = self
+            .run_start_hooks()
+            .and_then(|()| go_on(&self.parts.socket))
+            .and_then(|()| receive(&self.parts.socket));
         match result {
             Ok((Message::Closed, _)) => {
                 self.status = Status::Running;
@@ -186,6 +181,16 @@ impl Container {
                 })
             }
         }
+    }
+
+    fn run_start_hooks(&self) -> Result<()> {
+        let hooks = self.parts.hooks.start_container().as_ref();
+        if !hooks::any(hooks) {
+            return Ok(());
+        }
+        let own = self.parts.plan.namespaces.own;
+        let place = Place::of(self.pid(), self.pidfd(), own)?;
+        hooks::run("startContainer", hooks, place, self.hook_state("created"))
     }
 
     /// Runs a further process; returns when it has executed its command, or why it could not.
@@ -227,34 +232,14 @@ impl Container {
             }
         })?;
         drop(child_socket);
-        let mut born = Newborn {
-            child,
-            socket,
-            terminal: None,
-        };
-        let result = loop {
-            match receive(&born.socket) {
-                Ok((Message::Terminal, fd)) => born.terminal = fd,
-                Ok((Message::Closed, _)) => break Ok(()),
-                Ok((Message::Failed(failure), _)) => {
-                    break Err(translate::process_failure(&plan.process, failure));
-                }
-                Ok(_) => break Err(Error::Died),
-                Err(error) => break Err(error),
-            }
-        };
-        match result {
-            // The agent's copies of the streams close with the plan.
-            Ok(()) => Ok(Process {
-                pid: born.child.pid,
-                pidfd: born.child.pidfd,
-                terminal: born.terminal,
-            }),
-            Err(error) => {
-                spawn::kill_and_reap(&born.child.pidfd);
-                Err(error)
-            }
-        }
+        supervise(
+            Newborn {
+                child,
+                socket,
+                terminal: None,
+            },
+            &plan.process,
+        )
     }
 
     /// Signals the init; one that has ended needs none.
@@ -328,9 +313,11 @@ impl Container {
         self.parts.cgroup.oom_watch()
     }
 
-    /// Removes what is left: processes, cgroup. Runs the poststop hooks; that one fails does not stop the rest, and
-    /// is what is returned in the end. Refused while the container runs; a created one is killed, and reaped here.
-    pub fn delete(mut self) -> Result<(), (Self, Error)> {
+    /// Removes what is left: processes, cgroup. Then runs the poststop hooks, all of them, and returns the first
+    /// one's failure. The container comes back with an error: to be deleted again, unless it is [`Error::Hook`],
+    /// which leaves nothing to do. Refused while the container runs; a created one is killed, and reaped here.
+    #[allow(clippy::result_large_err, reason = "the container is given back")]
+    pub fn delete(mut self) -> std::result::Result<(), (Self, Error)> {
         if let Err(error) = self.require("delete", &[Status::Created, Status::Stopped]) {
             return Err((self, error));
         }
@@ -341,20 +328,41 @@ impl Container {
         if let Err(error) = self.parts.cgroup.remove() {
             return Err((self, error));
         }
-        let poststop = self.parts.hooks.poststop().as_ref();
         let mut result = Ok(());
-        for hook in poststop.into_iter().flatten() {
-            let one = vec![hook.clone()];
-            let ran = hooks::run(
-                "poststop",
-                Some(&one),
-                Place::Runtime,
-                self.hook_state("stopped"),
-            );
+        for hook in self.parts.hooks.poststop().iter().flatten() {
+            let hook = vec![hook.clone()];
+            let state = self.hook_state("stopped");
+            let ran = hooks::run("poststop", Some(&hook), Place::Runtime, state);
             result = result.and(ran);
         }
         result.map_err(|error| (self, error))
     }
+}
+
+/// Listens to a process until it has executed its command. On failure it is reaped.
+fn supervise(mut born: Newborn, plan: &ProcessPlan) -> Result<Process> {
+    let error = loop {
+        match receive(&born.socket) {
+            Ok((Message::Terminal, fd)) => born.terminal = fd,
+            Ok((Message::Closed, _)) => {
+                let Newborn {
+                    child: Child { pid, pidfd },
+                    terminal,
+                    ..
+                } = born;
+                return Ok(Process {
+                    pid,
+                    pidfd,
+                    terminal,
+                });
+            }
+            Ok((Message::Failed(failure), _)) => break translate::process_failure(plan, failure),
+            Ok(_) => break Error::Died,
+            Err(error) => break error,
+        }
+    };
+    spawn::kill_and_reap(&born.child.pidfd);
+    Err(error)
 }
 
 fn check_signal(signal: i32) -> Result<()> {

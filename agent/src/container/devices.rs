@@ -8,9 +8,9 @@ use std::path::Path;
 use oci_spec::runtime as oci;
 use oci_spec::runtime::LinuxDeviceType as Type;
 
-use super::process::c_string;
+use super::command::c_string;
+use super::paths::{ensure_directory, ensure_file};
 use super::report::{At, ChildResult, Step};
-use super::rootfs::{ensure_directory, ensure_file};
 use super::sys::{self, Errno, SysResult};
 use super::{Error, Result};
 

@@ -1,14 +1,16 @@
 //! OCI hooks: programs of the guest, or of the container, run at points of a container's life.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime as oci;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 
+use super::sys;
 use super::{Error, Result};
 
 /// For a hook that names no timeout: the agent serves nobody else meanwhile.
@@ -17,12 +19,34 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_MESSAGE: u64 = 1024;
 
 /// Where hooks run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) enum Place<'a> {
     /// In the guest.
     Runtime,
-    /// In the namespaces (CLONE_NEW*) of the process behind the pidfd.
-    Container(BorrowedFd<'a>, i32),
+    /// In the namespaces (CLONE_NEW*) and the root of the init behind the pidfd. Before pivot_root that root is the
+    /// guest's, seen from the container's mount namespace: where createContainer hooks are to be found.
+    Container {
+        pidfd: BorrowedFd<'a>,
+        namespaces: i32,
+        root: OwnedFd,
+    },
+}
+
+impl<'a> Place<'a> {
+    /// Of an init.
+    pub(super) fn of(pid: u32, pidfd: BorrowedFd<'a>, namespaces: i32) -> Result<Self> {
+        let path = format!("/proc/{pid}/root");
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| Error::Process {
+            step: format!("opening {path}"),
+            source: e.into(),
+        })?;
+        Ok(Self::Container {
+            pidfd,
+            namespaces,
+            root,
+        })
+    }
 }
 
 /// The state that hooks read on their standard input.
@@ -70,7 +94,7 @@ pub(super) fn run(
     state: HookState<'_>,
 ) -> Result<()> {
     for hook in hooks.into_iter().flatten() {
-        run_one(name, hook, place, state)?;
+        run_one(name, hook, &place, state)?;
     }
     Ok(())
 }
@@ -78,7 +102,7 @@ pub(super) fn run(
 fn run_one(
     name: &'static str,
     hook: &oci::Hook,
-    place: Place<'_>,
+    place: &Place<'_>,
     state: HookState<'_>,
 ) -> Result<()> {
     let fail = |reason: String, timed_out| Error::Hook {
@@ -124,7 +148,7 @@ fn run_one(
     Err(fail(format!("{status}: {}", message.trim()), false))
 }
 
-fn command(hook: &oci::Hook, place: Place<'_>) -> Command {
+fn command(hook: &oci::Hook, place: &Place<'_>) -> Command {
     let mut command = Command::new(hook.path());
     let args = hook.args().as_deref().unwrap_or_default();
     if let Some((arg0, rest)) = args.split_first() {
@@ -141,10 +165,20 @@ fn command(hook: &oci::Hook, place: Place<'_>) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    if let Place::Container(pidfd, kinds) = place {
-        let pidfd = pidfd.as_raw_fd();
-        let enter = move || super::sys::setns(pidfd, kinds).map_err(Into::into);
-        // SAFETY: the closure makes one system call; the descriptor outlives the spawn.
+    if let Place::Container {
+        pidfd,
+        namespaces,
+        root,
+    } = place
+    {
+        let (pidfd, namespaces, root) = (pidfd.as_raw_fd(), *namespaces, root.as_raw_fd());
+        let enter = move || {
+            sys::setns(pidfd, namespaces)?;
+            sys::fchdir(root)?;
+            sys::chroot(c".")?;
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only; the descriptors outlive the spawn.
         unsafe { command.pre_exec(enter) };
     }
     command

@@ -8,6 +8,7 @@
 
 mod capabilities;
 mod cgroup;
+mod command;
 #[allow(clippy::module_inception, reason = "it is the container's own type")]
 mod container;
 mod device_filter;
@@ -19,6 +20,9 @@ mod init;
 mod mounts;
 pub mod namespaces;
 mod options;
+mod paths;
+mod pid_holder;
+mod plan;
 mod process;
 mod report;
 mod rootfs;

@@ -8,8 +8,8 @@ use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime as oci;
 
+use super::command::c_string;
 use super::options::{self, MountOptions};
-use super::process::c_string;
 use super::sys::{self, Errno, MountAttr};
 use super::{Error, Result};
 
@@ -93,36 +93,7 @@ fn plan_one(mount: &oci::Mount, context: MountContext<'_>) -> Result<MountPlan> 
         step,
         source: errno.into(),
     };
-    let (kind, directory) = if options.bind || fstype == "bind" {
-        let path = mount.source().as_deref().unwrap_or(Path::new(""));
-        if !path.is_absolute() {
-            return Err(fail(
-                "the source of a bind mount must be absolute",
-                Errno(libc::EINVAL),
-            ));
-        }
-        bind(Some(path), libc::AT_FDCWD, &options, &fail)?
-    } else {
-        match fstype {
-            "" => return Err(Error::invalid("mounts[].type", "is missing")),
-            "sysfs" if context.foreign_network => bind(
-                Some(Path::new("/sys")),
-                libc::AT_FDCWD,
-                &options.recursively(),
-                &fail,
-            )?,
-            "mqueue" if context.foreign_ipc => bind(
-                Some(Path::new("/dev/mqueue")),
-                libc::AT_FDCWD,
-                &options,
-                &fail,
-            )?,
-            "cgroup" | "cgroup2" if !context.cgroup_namespace => {
-                bind(None, context.cgroup.as_raw_fd(), &options, &fail)?
-            }
-            _ => (new(fstype, &source, &options)?, true),
-        }
-    };
+    let (kind, directory) = mount_kind(mount, fstype, &source, &options, context, &fail)?;
     let propagation = match &kind {
         MountKind::New { .. } => options.propagation.map(|p| p.mount_flags()),
         MountKind::Tree(_) => None,
@@ -134,6 +105,46 @@ fn plan_one(mount: &oci::Mount, context: MountContext<'_>) -> Result<MountPlan> 
         kind,
         propagation,
     })
+}
+
+/// How the mount comes to be, and whether its mount point is a directory.
+fn mount_kind(
+    mount: &oci::Mount,
+    fstype: &str,
+    source: &str,
+    options: &MountOptions,
+    context: MountContext<'_>,
+    fail: &impl Fn(&'static str, Errno) -> Error,
+) -> Result<(MountKind, bool)> {
+    if options.bind || fstype == "bind" {
+        let path = mount.source().as_deref().unwrap_or(Path::new(""));
+        if !path.is_absolute() {
+            return Err(fail(
+                "the source of a bind mount must be absolute",
+                Errno(libc::EINVAL),
+            ));
+        }
+        return bind(Some(path), libc::AT_FDCWD, options, fail);
+    }
+    match fstype {
+        "" => Err(Error::invalid("mounts[].type", "is missing")),
+        "sysfs" if context.foreign_network => bind(
+            Some(Path::new("/sys")),
+            libc::AT_FDCWD,
+            &options.recursively(),
+            fail,
+        ),
+        "mqueue" if context.foreign_ipc => bind(
+            Some(Path::new("/dev/mqueue")),
+            libc::AT_FDCWD,
+            options,
+            fail,
+        ),
+        "cgroup" | "cgroup2" if !context.cgroup_namespace => {
+            bind(None, context.cgroup.as_raw_fd(), options, fail)
+        }
+        _ => Ok((new(fstype, source, options)?, true)),
+    }
 }
 
 /// A file system for the child to mount. What the spec calls "cgroup" is version 2 here, and takes no data.

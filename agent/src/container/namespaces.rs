@@ -2,12 +2,13 @@
 
 use std::ffi::CString;
 use std::fmt::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use oci_spec::runtime as oci;
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
+pub use super::pid_holder::PidHolder;
 use super::report::{At, ChildResult, Step};
 use super::sys;
 use super::{Error, Result};
@@ -191,7 +192,7 @@ impl NamespacePlan {
                 offset.secs().unwrap_or(0)
             );
         }
-        self.time_offsets = Some(super::process::c_string(
+        self.time_offsets = Some(super::command::c_string(
             "linux.timeOffsets",
             content.as_bytes(),
         )?);
@@ -275,7 +276,8 @@ fn kind(typ: Type) -> i32 {
     }
 }
 
-fn open(path: &std::path::Path, typ: Type) -> Result<OwnedFd> {
+/// Opens a namespace's file.
+pub(super) fn open(path: &std::path::Path, typ: Type) -> Result<OwnedFd> {
     rustix::fs::open(
         path,
         rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
@@ -314,81 +316,6 @@ fn id_map(field: &str, mappings: &[oci::LinuxIdMapping]) -> Result<String> {
         );
     }
     Ok(map)
-}
-
-/// The init of a pod's shared pid namespace: it holds the namespace and reaps its orphans, and does nothing else.
-#[derive(Debug)]
-pub struct PidHolder {
-    pid: u32,
-    pidfd: OwnedFd,
-    namespace: Arc<OwnedFd>,
-}
-
-impl PidHolder {
-    /// Makes the namespace and its init: one fork.
-    pub fn spawn() -> Result<Self> {
-        let child = super::spawn::clone(libc::CLONE_NEWPID, None, || hold())?;
-        let path = format!("/proc/{}/ns/pid", child.pid);
-        match open(std::path::Path::new(&path), Type::Pid) {
-            Ok(namespace) => Ok(Self {
-                pid: child.pid,
-                pidfd: child.pidfd,
-                namespace: Arc::new(namespace),
-            }),
-            Err(error) => {
-                super::spawn::kill_and_reap(&child.pidfd);
-                Err(error)
-            }
-        }
-    }
-
-    /// Its pid in the agent's namespace.
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// Readable once it has ended.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// For [`SharedNamespaces::pid`].
-    pub fn namespace(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.namespace)
-    }
-
-    /// Ends it, and every process of the namespace with it. The caller reaps it.
-    pub fn kill(&self) -> Result<()> {
-        rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).map_err(
-            |e| Error::Process {
-                step: "ending the pod's pid namespace".into(),
-                source: e.into(),
-            },
-        )
-    }
-}
-
-/// The holder's life. It keeps all capabilities and is not dumpable, so that no container may look into it: it still
-/// has the guest's root directory.
-fn hold() -> ! {
-    let _ = sys::prctl(libc::PR_SET_DUMPABLE, 0, 0);
-    // SAFETY: a C string with a NUL, which prctl copies.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"pause".as_ptr()) };
-    let _ = sys::setsid();
-    let _ = sys::close_range(0, u32::MAX);
-    // SAFETY: an all-zero set is valid; SIGCHLD is blocked so that sigwait sees each.
-    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` is a valid set.
-    unsafe {
-        libc::sigaddset(&raw mut set, libc::SIGCHLD);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
-    }
-    loop {
-        // SAFETY: reaps whatever has ended; no status is wanted.
-        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
-        // SAFETY: waits for a signal of a valid set; no information is wanted.
-        unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) };
-    }
 }
 
 #[cfg(test)]

@@ -8,56 +8,14 @@ use std::path::PathBuf;
 use oci_spec::runtime as oci;
 
 use super::capabilities::CapabilityPlan;
+use super::command::{StringArray, c_string, candidates, environment};
+use super::paths;
 use super::report::{At, ChildResult, Failure, Message, Step, wait_for_agent};
-use super::rootfs;
 use super::seccomp::SeccompPlan;
 use super::sys::{self, Errno};
 use super::terminal;
 use super::validate::rlimit_number;
 use super::{Error, Result, Stdio};
-
-/// Where commands are looked for when the environment has no PATH.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// C strings with the null-terminated array of pointers that execve(2) wants.
-#[derive(Debug)]
-pub(super) struct StringArray {
-    /// What the pointers point to.
-    _strings: Vec<CString>,
-    pointers: Vec<*const libc::c_char>,
-}
-
-// SAFETY: the pointers are to memory that the array owns and nobody changes.
-unsafe impl Send for StringArray {}
-// SAFETY: as above.
-unsafe impl Sync for StringArray {}
-
-impl StringArray {
-    fn new(field: &str, values: &[String]) -> Result<Self> {
-        let strings = values
-            .iter()
-            .map(|value| c_string(field, value.as_bytes()))
-            .collect::<Result<Vec<_>>>()?;
-        let pointers = strings
-            .iter()
-            .map(|s| s.as_ptr())
-            .chain([std::ptr::null()])
-            .collect();
-        Ok(Self {
-            _strings: strings,
-            pointers,
-        })
-    }
-
-    fn pointers(&self) -> &[*const libc::c_char] {
-        &self.pointers
-    }
-}
-
-/// A string of the spec for the kernel: without NUL.
-pub(super) fn c_string(field: &str, value: &[u8]) -> Result<CString> {
-    CString::new(value).map_err(|_| Error::invalid(field, "contains a NUL byte"))
-}
 
 /// Where the standard streams come from.
 #[derive(Debug)]
@@ -314,7 +272,7 @@ impl ProcessPlan {
             Err(Errno(libc::ENOENT)) => {
                 let root = sys::openat(libc::AT_FDCWD, c"/", libc::O_PATH | libc::O_DIRECTORY, 0)
                     .at(Step::WorkingDirectory)?;
-                rootfs::ensure_directory(root, &self.cwd).at(Step::WorkingDirectory)?;
+                paths::ensure_directory(root, &self.cwd).at(Step::WorkingDirectory)?;
                 sys::close(root);
                 sys::chdir(&self.cwd).at(Step::WorkingDirectory)
             }
@@ -325,13 +283,18 @@ impl ProcessPlan {
     fn become_user(&self) -> ChildResult {
         self.capabilities.drop_bounding()?;
         sys::setgroups(&self.groups).at(Step::Groups)?;
-        sys::setgid(self.gid).at(Step::Gid)?;
+        // The process is root, as the agent is or of its user namespace.
+        if self.gid != 0 {
+            sys::setgid(self.gid).at(Step::Gid)?;
+        }
         if self.uid != 0 {
             sys::prctl(libc::PR_SET_KEEPCAPS, 1, 0).at(Step::Capabilities)?;
+            sys::setuid(self.uid).at(Step::Uid)?;
         }
-        sys::setuid(self.uid).at(Step::Uid)?;
-        // A change of ids may have made the process dumpable again.
-        sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Prepare)?;
+        if self.uid != 0 || self.gid != 0 {
+            // The change of ids may have made the process dumpable again.
+            sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Prepare)?;
+        }
         self.capabilities.apply()?;
         sys::umask(self.umask);
         Ok(())
@@ -370,56 +333,6 @@ impl ProcessPlan {
     }
 }
 
-/// The environment with each name once: the last value counts.
-fn environment(env: &[String]) -> Result<Vec<String>> {
-    let mut result: Vec<String> = Vec::with_capacity(env.len());
-    let mut positions = std::collections::HashMap::with_capacity(env.len());
-    for entry in env {
-        let Some((name, _)) = entry.split_once('=') else {
-            return Err(Error::invalid(
-                "process.env",
-                format!("{entry:?} has no '='"),
-            ));
-        };
-        if name.is_empty() {
-            return Err(Error::invalid(
-                "process.env",
-                format!("{entry:?} has no name"),
-            ));
-        }
-        match positions.entry(name) {
-            std::collections::hash_map::Entry::Vacant(slot) => {
-                slot.insert(result.len());
-                result.push(entry.clone());
-            }
-            std::collections::hash_map::Entry::Occupied(slot) => {
-                if let Some(value) = result.get_mut(*slot.get()) {
-                    value.clone_from(entry);
-                }
-            }
-        }
-    }
-    Ok(result)
-}
-
-/// Where `command` may be: itself if it has a slash, else in each directory of PATH.
-fn candidates(command: &str, env: &[String]) -> Result<Vec<CString>> {
-    if command.contains('/') {
-        return Ok(vec![c_string("process.args", command.as_bytes())?]);
-    }
-    let path = env
-        .iter()
-        .find_map(|e| e.strip_prefix("PATH="))
-        .unwrap_or(DEFAULT_PATH);
-    path.split(':')
-        .map(|directory| match directory {
-            "" => format!("./{command}"),
-            directory => format!("{directory}/{command}"),
-        })
-        .map(|candidate| c_string("process.args", candidate.as_bytes()))
-        .collect()
-}
-
 fn set_io_priority(priority: u64) -> Result<(), Errno> {
     const IOPRIO_WHO_PROCESS: i32 = 1;
     // SAFETY: plain numbers.
@@ -438,34 +351,5 @@ fn set_personality(personality: u64) -> Result<(), Errno> {
         Err(Errno(libc::EINVAL))
     } else {
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn strings(values: &[&str]) -> Vec<String> {
-        values.iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn the_last_value_of_a_name_counts() {
-        let env = environment(&strings(&["A=1", "B=2", "A=3"])).unwrap();
-        assert_eq!(env, ["A=3", "B=2"]);
-        assert!(environment(&strings(&["novalue"])).is_err());
-        assert!(environment(&strings(&["=x"])).is_err());
-    }
-
-    #[test]
-    fn a_command_is_looked_for_in_path_unless_it_has_a_slash() {
-        let env = strings(&["PATH=/a::/b"]);
-        assert_eq!(
-            candidates("x", &env).unwrap(),
-            [c"/a/x", c"./x", c"/b/x"].map(CString::from)
-        );
-        assert_eq!(candidates("./x", &env).unwrap(), [CString::from(c"./x")]);
-        assert_eq!(candidates("x", &[]).unwrap().len(), 6);
-        assert!(candidates("a\0b", &env).is_err());
     }
 }

@@ -1,9 +1,7 @@
 //! Making containers.
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,14 +11,12 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::cgroup::{Cgroup, Hierarchy};
 use super::container::{Container, Parts};
 use super::device_filter::DeviceFilter;
-use super::devices::DevicePlan;
 use super::hooks::{self, HookState, Place};
 use super::init::InitPlan;
-use super::mounts::{self, MountContext};
 use super::namespaces::{IdMaps, NamespacePlan, SharedNamespaces};
-use super::process::{ProcessPlan, StreamPlan, c_string};
+use super::plan::init_plan;
+use super::process::ProcessPlan;
 use super::report::Message;
-use super::rootfs::RootPlan;
 use super::seccomp::SeccompPlan;
 use super::spawn::{self, Child};
 use super::{Error, Result, terminal, translate, validate};
@@ -150,38 +146,33 @@ impl Runtime {
             let born = self.give_birth(id, spec, &cgroup, &mut plan)?;
             Ok((filter, plan, born))
         });
-        match made {
-            Ok((filter, plan, born)) => {
-                let Newborn {
-                    child,
-                    socket,
-                    terminal,
-                } = born;
-                let container = Container::new(Parts {
-                    id: id.into(),
-                    common: Arc::clone(&self.common),
-                    child,
-                    socket,
-                    cgroup,
-                    filter,
-                    plan,
-                    seccomp,
-                    personality,
-                    hooks: spec.hooks().clone().unwrap_or_default(),
-                    annotations: spec.annotations().clone(),
-                    bundle: bundle(parts.root),
-                });
-                Ok(Created {
-                    container,
-                    terminal,
-                })
-            }
-            Err(error) => {
-                // The first error is what the caller needs; a cgroup in use is met again by the next create.
-                let _ = cgroup.remove();
-                Err(error)
-            }
-        }
+        let (filter, plan, born) = made.inspect_err(|_| {
+            // The first error is what the caller needs; a cgroup in use is met again by the next create.
+            let _ = cgroup.remove();
+        })?;
+        let Newborn {
+            child,
+            socket,
+            terminal,
+        } = born;
+        let container = Container::new(Parts {
+            id: id.into(),
+            common: Arc::clone(&self.common),
+            child,
+            socket,
+            cgroup,
+            filter,
+            plan,
+            seccomp,
+            personality,
+            hooks: spec.hooks().clone().unwrap_or_default(),
+            annotations: spec.annotations().clone(),
+            bundle: bundle(parts.root),
+        });
+        Ok(Created {
+            container,
+            terminal,
+        })
     }
 
     /// Makes the init and brings it to where it waits for its start.
@@ -267,13 +258,12 @@ fn run_create_hooks(id: &str, spec: &oci::Spec, plan: &InitPlan, child: &Child) 
         Place::Runtime,
         state,
     )?;
-    let container = Place::Container(child.pidfd.as_fd(), plan.namespaces.own);
-    hooks::run(
-        "createContainer",
-        hooks.create_container().as_ref(),
-        container,
-        state,
-    )
+    let create_container = hooks.create_container().as_ref();
+    if !hooks::any(create_container) {
+        return Ok(());
+    }
+    let place = Place::of(child.pid, child.pidfd.as_fd(), plan.namespaces.own)?;
+    hooks::run("createContainer", create_container, place, state)
 }
 
 /// The directory that the root is in, which for every bundle is the bundle.
@@ -305,116 +295,6 @@ pub(super) fn attach_filter(
             path: cgroup.path().into(),
             source,
         })
-}
-
-fn init_plan(
-    spec: &oci::Spec,
-    parts: &validate::Parts<'_>,
-    namespaces: NamespacePlan,
-    process: ProcessPlan,
-    cgroup: &Cgroup,
-) -> Result<InitPlan> {
-    let linux = parts.linux;
-    let (hostname, domainname) = validate::uts_names(spec, &namespaces)?;
-    let root = if namespaces.makes(libc::CLONE_NEWNS) {
-        Some(root_plan(spec, parts, &namespaces, &process, cgroup)?)
-    } else if namespaces.owns(libc::CLONE_NEWNS) {
-        None
-    } else {
-        return Err(Error::invalid(
-            "linux.namespaces",
-            "a mount namespace is needed",
-        ));
-    };
-    let sysctls = own_sysctls(linux, &namespaces)?;
-    let mut keep = Vec::new();
-    namespaces.keep(&mut keep);
-    process.keep(&mut keep);
-    if let Some(root) = &root {
-        root.keep(&mut keep);
-    }
-    Ok(InitPlan {
-        namespaces,
-        root,
-        hostname,
-        domainname,
-        sysctls,
-        process,
-        keep,
-    })
-}
-
-fn root_plan(
-    spec: &oci::Spec,
-    parts: &validate::Parts<'_>,
-    namespaces: &NamespacePlan,
-    process: &ProcessPlan,
-    cgroup: &Cgroup,
-) -> Result<RootPlan> {
-    let linux = parts.linux;
-    let user = namespaces.owns(libc::CLONE_NEWUSER);
-    let context = MountContext {
-        foreign_network: user && !namespaces.owns(libc::CLONE_NEWNET),
-        foreign_ipc: user && !namespaces.owns(libc::CLONE_NEWIPC),
-        cgroup_namespace: namespaces.owns(libc::CLONE_NEWCGROUP),
-        cgroup: cgroup.dir(),
-    };
-    let tree = mounts::open_root(parts.root.path())?;
-    let mounts = mounts::plan(spec.mounts().as_deref().unwrap_or_default(), context)?;
-    let dev_is_bound = mounts.iter().any(|mount| {
-        mount.destination.as_c_str() == c"/dev" && matches!(mount.kind, mounts::MountKind::Tree(_))
-    });
-    let hooks = spec.hooks().as_ref().is_some_and(|hooks| {
-        #[allow(deprecated, reason = "bundles still have prestart hooks")]
-        let prestart = hooks.prestart().as_ref();
-        hooks::any(prestart)
-            || hooks::any(hooks.create_runtime().as_ref())
-            || hooks::any(hooks.create_container().as_ref())
-    });
-    Ok(RootPlan {
-        tree: Some(tree),
-        path: c_string("root.path", parts.root.path().as_os_str().as_bytes())?,
-        mounts,
-        devices: DevicePlan::new(linux, dev_is_bound, user)?,
-        masked: validate::paths("linux.maskedPaths", linux.masked_paths().as_ref())?,
-        readonly_paths: validate::paths("linux.readonlyPaths", linux.readonly_paths().as_ref())?,
-        readonly: parts.root.readonly().unwrap_or(false),
-        propagation: validate::propagation(linux)?,
-        hooks,
-        terminal: match process.streams {
-            StreamPlan::Terminal { size } => Some(size),
-            StreamPlan::Files { .. } | StreamPlan::HandedOver => None,
-        },
-    })
-}
-
-/// The sysctls that the init sets. In a user namespace it could not set those of the guest's own namespaces: these
-/// the agent sets now.
-fn own_sysctls(linux: &oci::Linux, namespaces: &NamespacePlan) -> Result<Vec<(CString, CString)>> {
-    let mut sysctls = validate::sysctls(linux)?;
-    if !namespaces.owns(libc::CLONE_NEWUSER) {
-        return Ok(sysctls);
-    }
-    let mut result = Ok(());
-    sysctls.retain(|(path, value)| {
-        let bytes = path.to_bytes();
-        let kind = if bytes.starts_with(b"/proc/sys/net/") {
-            libc::CLONE_NEWNET
-        } else if bytes == b"/proc/sys/kernel/domainname" {
-            libc::CLONE_NEWUTS
-        } else {
-            libc::CLONE_NEWIPC
-        };
-        if namespaces.owns(kind) || result.is_err() {
-            return true;
-        }
-        result = super::sys::write_file(path, value.as_bytes()).map_err(|errno| Error::Process {
-            step: format!("setting sysctl {}", path.to_string_lossy()),
-            source: errno.into(),
-        });
-        false
-    });
-    result.map(|()| sysctls)
 }
 
 /// What a child in a new user namespace cannot write itself: its maps, and a lowered OOM score.

@@ -511,7 +511,7 @@ pub(super) fn reset_signals() -> SysResult {
 }
 
 /// `ioctl` with an integer argument.
-pub(super) fn ioctl(fd: RawFd, request: u64, argument: u64) -> SysResult<i64> {
+pub(super) fn ioctl(fd: RawFd, request: libc::Ioctl, argument: u64) -> SysResult<i64> {
     // SAFETY: only requests that take an integer are used.
     check(unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) })
 }

@@ -51,21 +51,16 @@ pub(super) fn make(root: RawFd, size: Option<(u16, u16)>, socket: RawFd) -> Chil
     let unlocked = 0i32;
     sys::ioctl(
         master,
-        libc::TIOCSPTLCK as u64,
+        libc::TIOCSPTLCK,
         std::ptr::from_ref(&unlocked) as u64,
     )
     .at_index(Step::Terminal, 2)?;
-    let slave = sys::ioctl(
-        master,
-        libc::TIOCGPTPEER as u64,
-        (flags | libc::O_CLOEXEC) as u64,
-    )
-    .and_then(|fd| RawFd::try_from(fd).map_err(|_| Errno(libc::EBADF)))
-    .at_index(Step::Terminal, 3)?;
+    let slave = sys::ioctl(master, libc::TIOCGPTPEER, (flags | libc::O_CLOEXEC) as u64)
+        .and_then(|fd| RawFd::try_from(fd).map_err(|_| Errno(libc::EBADF)))
+        .at_index(Step::Terminal, 3)?;
     if let Some((rows, columns)) = size {
         let size = [rows, columns, 0, 0];
-        sys::ioctl(master, libc::TIOCSWINSZ as u64, size.as_ptr() as u64)
-            .at_index(Step::Terminal, 4)?;
+        sys::ioctl(master, libc::TIOCSWINSZ, size.as_ptr() as u64).at_index(Step::Terminal, 4)?;
     }
     send_descriptor(socket, master).at_index(Step::Terminal, 5)?;
     sys::close(master);
@@ -74,7 +69,7 @@ pub(super) fn make(root: RawFd, size: Option<(u16, u16)>, socket: RawFd) -> Chil
 
 /// In the child, a session leader: takes the terminal, and gives it to its user.
 pub(super) fn make_controlling(slave: RawFd, uid: u32) -> ChildResult {
-    sys::ioctl(slave, libc::TIOCSCTTY as u64, 0).at_index(Step::Terminal, 6)?;
+    sys::ioctl(slave, libc::TIOCSCTTY, 0).at_index(Step::Terminal, 6)?;
     if uid != 0 {
         // The group stays what devpts gave it (tty).
         sys::chown_at(slave, c"", uid, u32::MAX).at_index(Step::Terminal, 6)?;

@@ -155,7 +155,9 @@ fn mount_failure(plan: &InitPlan, failure: Failure) -> Error {
 fn root_failure(plan: &InitPlan, failure: Failure) -> Error {
     let Failure { step, index, errno } = failure;
     let root = plan.root.as_ref();
-    let whole = root.map(|root| text(&root.path)).unwrap_or_default();
+    let whole = root
+        .map(|root| root.path.display().to_string())
+        .unwrap_or_default();
     let of = |list: fn(&super::rootfs::RootPlan) -> &Vec<std::ffi::CString>| {
         root.and_then(|root| list(root).get(index as usize))
             .map(|path| text(path))

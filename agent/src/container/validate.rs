@@ -4,9 +4,9 @@ use std::ffi::CString;
 
 use oci_spec::runtime as oci;
 
+use super::command::c_string;
 use super::namespaces::NamespacePlan;
 use super::options::Propagation;
-use super::process::c_string;
 use super::{Error, Result};
 
 /// Longest id, also a file name.
@@ -84,6 +84,14 @@ pub(super) fn process(process: &oci::Process) -> Result<()> {
             format!("{} is not absolute", process.cwd().display()),
         ));
     }
+    let user = process.user();
+    let groups = user.additional_gids().iter().flatten().copied();
+    if groups
+        .chain([user.uid(), user.gid()])
+        .any(|id| id == u32::MAX)
+    {
+        return Err(Error::invalid("process.user", "4294967295 is no id"));
+    }
     let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     if set(process.apparmor_profile()) {
         return Err(Error::unsupported(
@@ -117,8 +125,12 @@ pub(super) fn process(process: &oci::Process) -> Result<()> {
             format!("{adj} is not -1000..1000"),
         ));
     }
+    rlimits(process.rlimits().as_deref().unwrap_or_default())
+}
+
+fn rlimits(limits: &[oci::PosixRlimit]) -> Result<()> {
     let mut seen = std::collections::HashSet::new();
-    for limit in process.rlimits().iter().flatten() {
+    for limit in limits {
         if limit.soft() > limit.hard() {
             return Err(Error::invalid(
                 "process.rlimits",

@@ -423,3 +423,29 @@ async fn an_update_is_an_oci_resources_object() {
         .unwrap();
     assert_eq!(stats.pids_max, 10);
 }
+
+#[tokio::test]
+async fn a_container_out_of_memory_is_told_of() {
+    let Some(sandbox) = Sandbox::start().await else {
+        return;
+    };
+    if !sandbox.has_controller("memory") {
+        println!("SKIPPED: the memory controller of cgroup v2");
+        return;
+    }
+    // A greedy child, so that the kill and the container's end are two things.
+    let greedy = "dd if=/dev/zero of=/dev/null bs=64M count=1; exec sleep 1000";
+    let mut spec = sandbox.spec(&["sh", "-c", greedy]);
+    spec["linux"]["resources"] = json!({ "memory": { "limit": 16 << 20, "swap": 16 << 20 } });
+    sandbox
+        .create("a", &spec, proto::Stdio::new())
+        .await
+        .unwrap();
+    let mut events = sandbox.watch().await;
+    sandbox.start_process("a", "").await.unwrap();
+    let event = events.next().await;
+    assert_eq!(event.oom().container_id, "a", "{event:?}");
+    sandbox.signal("a", "", libc::SIGKILL).await.unwrap();
+    let exit = events.exit().await;
+    assert_eq!((exit.exit_status, exit.oom_killed), (137, true));
+}

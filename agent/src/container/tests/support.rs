@@ -3,13 +3,17 @@
 
 use std::ffi::CString;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-pub(super) use super::super::*;
+pub(super) use super::super::terminal::resize;
+pub(super) use super::super::{
+    Container, Error, Kind, PidHolder, Result, Runtime, RuntimeConfig, Shared, SharedNamespaces,
+    Status, Stdio,
+};
 
 /// A test's result inside its sandbox.
 pub(super) type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
@@ -36,14 +40,20 @@ pub(super) struct Boxed {
     output: Option<OwnedFd>,
 }
 
-/// Runs `test` in a child process in new mount and pid namespaces (where it is pid 1, as the agent is), after a check
-/// that this machine can; afterwards nothing of it may be left.
-pub(super) fn in_sandbox(test: impl FnOnce(&Sandbox) -> Outcome) {
+/// Names the sandbox's directory to the process that shall run a test in it.
+const INSIDE: &str = "CELLA_TEST_SANDBOX";
+/// A test that takes longer hangs.
+const LIMIT_SECONDS: u32 = 120;
+
+/// Runs `test` as pid 1 of new mount and pid namespaces, as the agent is, after a check that this machine can;
+/// afterwards nothing of it may be left. The test binary executes itself for this one test: a child forked from
+/// among the harness's threads could find a lock held for ever.
+pub(super) fn in_sandbox<F: FnOnce(&Sandbox) -> Outcome>(test: F) {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: not root");
         return;
     }
-    let Some(root) = cgroup_root() else {
+    let Some(cgroups) = cgroup_root() else {
         println!("SKIPPED: no cgroup2 hierarchy");
         return;
     };
@@ -55,55 +65,52 @@ pub(super) fn in_sandbox(test: impl FnOnce(&Sandbox) -> Outcome) {
         println!("SKIPPED: no busybox (package busybox-static)");
         return;
     };
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        std::process::exit(inside(Path::new(&dir), &cgroups, test));
+    }
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(
         dir.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o755),
     )
     .unwrap();
-    let parent = format!(
-        "cella-test-{}",
-        dir.path()
-            .file_name()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .trim_start_matches('.')
-    );
-    let cgroup = root.join(&parent);
     populate(&dir.path().join("root"), busybox);
-    let report = dir.path().join("report");
-    let flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
-    // The child of a test may allocate: glibc's fork makes that safe, so it is fork and unshare here, not clone3.
-    let status = fork_in_new_namespaces(flags, || {
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            isolate();
-            let config = RuntimeConfig {
-                cgroup_root: root.clone(),
-                cgroup_parent: parent,
-            };
-            let runtime = Runtime::new(config).unwrap();
-            let mounts = mounts_now();
-            let sandbox = Sandbox {
-                runtime,
-                dir: dir.path().to_path_buf(),
-                cgroup: cgroup.clone(),
-            };
-            let result = test(&sandbox);
-            assert_eq!(mounts_now(), mounts, "mounts are left");
-            result.map_err(|e| format!("{e}: {:?}", e.source()))
-        }));
-        match result {
-            Ok(Ok(())) => 0,
-            Ok(Err(error)) => {
-                let _ = std::fs::write(&report, error);
-                1
-            }
-            Err(_) => 2,
-        }
-    });
-    let said = std::fs::read_to_string(&report).unwrap_or_default();
-    let left: Vec<_> = std::fs::read_dir(&cgroup)
+    let closure = std::any::type_name::<F>();
+    let name = closure
+        .trim_end_matches("::{{closure}}")
+        .split_once("::")
+        .unwrap()
+        .1;
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture", "--test-threads=1"])
+        .env(INSIDE, dir.path())
+        .output()
+        .unwrap();
+    let cgroup = cgroups.join(parent_of(dir.path()));
+    let left = remove_cgroups(&cgroup);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "in the sandbox: {}: {said}",
+        output.status
+    );
+    assert!(left.is_empty(), "cgroups are left: {left:?}");
+    assert!(
+        !cgroup.exists(),
+        "the cgroup {} is in use",
+        cgroup.display()
+    );
+}
+
+/// The parent of a sandbox's cgroups.
+fn parent_of(dir: &Path) -> String {
+    let name = dir.file_name().unwrap().to_str().unwrap();
+    format!("cella-test-{}", name.trim_start_matches('.'))
+}
+
+/// Removes a test's cgroups; names those that the test should have removed.
+fn remove_cgroups(cgroup: &Path) -> Vec<PathBuf> {
+    let left: Vec<_> = std::fs::read_dir(cgroup)
         .into_iter()
         .flatten()
         .flatten()
@@ -115,41 +122,55 @@ pub(super) fn in_sandbox(test: impl FnOnce(&Sandbox) -> Outcome) {
         std::thread::sleep(std::time::Duration::from_millis(100));
         let _ = std::fs::remove_dir(path);
     }
-    let _ = std::fs::remove_dir(&cgroup);
-    assert_eq!(status, 0, "the test in the sandbox failed: {said}");
-    assert!(left.is_empty(), "cgroups are left: {left:?}");
-    assert!(
-        !cgroup.exists(),
-        "the cgroup {} is in use",
-        cgroup.display()
-    );
+    let _ = std::fs::remove_dir(cgroup);
+    left
 }
 
-/// fork, unshare, fork: the grandchild is pid 1 of its namespace. Returns its exit status.
-fn fork_in_new_namespaces(flags: i32, body: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the children only run the test's code and leave by _exit.
+/// In the process for one test: runs it in a child, and returns the child's exit status.
+fn inside(dir: &Path, cgroups: &Path, test: impl FnOnce(&Sandbox) -> Outcome) -> i32 {
+    // SAFETY: plain system calls; the process has one thread, so that its child may do anything.
     unsafe {
-        let outer = libc::fork();
-        assert!(outer >= 0);
-        if outer == 0 {
-            if libc::unshare(flags) != 0 {
-                libc::_exit(99);
-            }
-            let inner = libc::fork();
-            if inner == 0 {
-                libc::_exit(body());
-            }
-            let mut status = 0;
-            libc::waitpid(inner, &raw mut status, 0);
-            libc::_exit(if libc::WIFEXITED(status) {
-                libc::WEXITSTATUS(status)
-            } else {
-                98
-            });
+        libc::alarm(LIMIT_SECONDS);
+        assert_eq!(libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID), 0);
+        let child = libc::fork();
+        assert!(child >= 0);
+        if child == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            let run = std::panic::AssertUnwindSafe(|| as_agent(dir, cgroups, test));
+            libc::_exit(std::panic::catch_unwind(run).unwrap_or(101));
         }
         let mut status = 0;
-        libc::waitpid(outer, &raw mut status, 0);
-        libc::WEXITSTATUS(status)
+        libc::waitpid(child, &raw mut status, 0);
+        if libc::WIFEXITED(status) {
+            libc::WEXITSTATUS(status)
+        } else {
+            102
+        }
+    }
+}
+
+fn as_agent(dir: &Path, cgroups: &Path, test: impl FnOnce(&Sandbox) -> Outcome) -> i32 {
+    isolate();
+    let parent = parent_of(dir);
+    let cgroup = cgroups.join(&parent);
+    let config = RuntimeConfig {
+        cgroup_root: cgroups.into(),
+        cgroup_parent: parent,
+    };
+    let runtime = Runtime::new(config).unwrap();
+    let mounts = mounts_now();
+    let result = test(&Sandbox {
+        runtime,
+        dir: dir.into(),
+        cgroup,
+    });
+    assert_eq!(mounts_now(), mounts, "mounts are left");
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("{error}: {:?}", error.source());
+            1
+        }
     }
 }
 
@@ -356,9 +377,4 @@ pub(super) fn with_tmpfs<T>(path: &Path, f: impl FnOnce() -> T) -> T {
     let result = f();
     super::super::sys::detach(&target).unwrap();
     result
-}
-
-/// Raw number of a descriptor, to see that it is gone from a child.
-pub(super) fn number(fd: impl AsFd) -> i32 {
-    fd.as_fd().as_raw_fd()
 }
