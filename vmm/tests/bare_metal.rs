@@ -9,8 +9,11 @@
     reason = "a test"
 )]
 
-#[path = "bare_metal/bench.rs"]
+#[path = "common/kernel.rs"]
 #[macro_use]
+mod kernel;
+
+#[path = "bare_metal/bench.rs"]
 mod bench;
 #[path = "bare_metal/instructions.rs"]
 mod instructions;

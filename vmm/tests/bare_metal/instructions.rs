@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use crate::bench::{Bench, DATA, ENTRY, alone, emulated, kvm};
+use crate::bench::{Bench, DATA, alone, emulated, kvm};
+use crate::kernel::ENTRY;
 
 const X87: u64 = 1;
 const SSE: u64 = 2;
@@ -113,7 +114,7 @@ const INVALID_OPCODE: u64 = 6;
 const PROTECTION: u64 = 13;
 const PAGE_FAULT: u64 = 14;
 
-/// Length of the `mov`, `lidt` and whatever precedes the instruction that faults in each guest here.
+/// Where `instruction` is in the guest's memory.
 fn offset_of(code: &[u8], instruction: &[u8]) -> u64 {
     let at = code
         .windows(instruction.len())

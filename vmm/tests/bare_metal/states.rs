@@ -9,7 +9,8 @@ use cella_vmm::jail::ThreadKind;
 use cella_vmm::machine::memory::MemoryError;
 use cella_vmm::machine::{Machine, MachineError, State, StopReason};
 
-use crate::bench::{Bench, DATA, MEMORY, alone, config, confine, elf, kvm, until};
+use crate::bench::{Bench, DATA, MEMORY, alone, config, confine, kvm, until};
+use crate::kernel::elf;
 
 /// Counts at `DATA`.
 fn spinning_guest() -> &'static [u8] {
