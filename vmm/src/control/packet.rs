@@ -82,7 +82,8 @@ pub fn receive(socket: BorrowedFd<'_>) -> std::io::Result<Packet> {
             "a packet is longer than {MAX_PACKET} bytes"
         )));
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
+    // The space for them is rounded up: one more may fit.
+    if received.flags.contains(ReturnFlags::CTRUNC) || fds.0.len() > MAX_FDS {
         return Ok(Packet::Malformed(format!(
             "a packet has more than {MAX_FDS} file descriptors"
         )));

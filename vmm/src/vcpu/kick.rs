@@ -26,7 +26,7 @@ fn kick_signal() -> c_int {
 extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: a `Kickable` of this very thread has set the pointer, and clears it before the mapping goes.
+        // SAFETY: a `Kickable` of this very thread has set the pointer, and clears it before the vCPU is dropped or leaves.
         unsafe { flag.write_volatile(1) };
     }
 }
@@ -42,8 +42,13 @@ pub fn install_handler() -> Result<(), errno::Error> {
 
 /// A vCPU in the thread that runs it, reachable by [`Target::kick`].
 pub struct Kickable {
+    // Dropped before the vCPU, whose memory it is about.
+    _bound: Bound,
     vcpu: VcpuFd,
 }
+
+/// The calling thread's pointer is set.
+struct Bound;
 
 impl Kickable {
     /// Binds `vcpu` to the calling thread, which must be the only one of its kind and lets the signal through
@@ -54,17 +59,27 @@ impl Kickable {
     pub fn bind(mut vcpu: VcpuFd) -> Result<Self, signal::Error> {
         let flag = ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit);
         IMMEDIATE_EXIT.set(flag);
+        // From here on, so that the pointer never outlives the mapping.
+        let kickable = Self {
+            _bound: Bound,
+            vcpu,
+        };
         signal::unblock_signal(kick_signal())?;
-        Ok(Self { vcpu })
+        Ok(kickable)
     }
 
     /// The vCPU.
     pub fn vcpu(&mut self) -> &mut VcpuFd {
         &mut self.vcpu
     }
+
+    /// Gives the vCPU back: kicks of this thread do nothing any more.
+    pub fn release(self) -> VcpuFd {
+        self.vcpu
+    }
 }
 
-impl Drop for Kickable {
+impl Drop for Bound {
     fn drop(&mut self) {
         // Not `set`: at the end of a panicking thread the variable may be gone already.
         let _ = IMMEDIATE_EXIT.try_with(|flag| flag.set(ptr::null_mut()));

@@ -73,7 +73,9 @@ pub struct VcpuThread {
     paused: Receiver<()>,
     target: Target,
     stats: Arc<ExitStats>,
-    thread: Option<JoinHandle<()>>,
+    // Returns the vCPU: its descriptor and its mapping go where the thread is joined, and a vCPU thread's filter need
+    // not know how (in debug builds std checks a descriptor before it closes it).
+    thread: Option<JoinHandle<Option<VcpuFd>>>,
 }
 
 impl VcpuThread {
@@ -96,10 +98,11 @@ impl VcpuThread {
                 match runner.and_then(|runner| confine(ThreadKind::Vcpu).map(|()| runner)) {
                     Ok(runner) => {
                         let _ = confined.send(Ok(Target::current()));
-                        runner.run();
+                        Some(runner.run())
                     }
                     Err(error) => {
                         let _ = confined.send(Err(error));
+                        None
                     }
                 }
             })
@@ -211,7 +214,7 @@ impl Runner {
         })
     }
 
-    fn run(mut self) {
+    fn run(mut self) -> VcpuFd {
         let mut state = State::Waiting;
         let end = loop {
             let command = match state {
@@ -239,6 +242,7 @@ impl Runner {
         if end != End::Commanded {
             (self.on_end)(end);
         }
+        self.kickable.release()
     }
 
     fn step(&mut self) -> Step {

@@ -1,8 +1,9 @@
 //! A `cella-vmm` process, driven as a door does it.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -34,7 +35,7 @@ pub struct Vmm {
     pub control: OwnedFd,
     pub pid: Pid,
     pub sockets: tempfile::TempDir,
-    share: tempfile::TempDir,
+    _share: tempfile::TempDir,
     log: File,
     next_id: u64,
     gone: bool,
@@ -59,6 +60,8 @@ impl Vmm {
         let (pid_read, pid_write) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let (sockets, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let open = Permissions::from_mode(0o711);
+        std::fs::set_permissions(sockets.path(), open).unwrap();
         let log = tempfile::tempfile().unwrap();
         let mut command = Command::new(PROGRAM);
         command
@@ -83,15 +86,11 @@ impl Vmm {
             control,
             pid,
             sockets,
-            share,
+            _share: share,
             log,
             next_id: 1,
             gone: false,
         })
-    }
-
-    pub fn share(&self) -> &std::path::Path {
-        self.share.path()
     }
 
     /// Sends a packet as it is.
