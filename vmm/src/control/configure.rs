@@ -6,8 +6,8 @@ use std::os::unix::net::UnixListener;
 
 use cella_proto::vmm::{Configure, Device, ErrorKind, device};
 
-use super::Refusal;
 use super::packet::Fds;
+use super::refusal::Refusal;
 use crate::machine::MachineConfig;
 use crate::machine::devices::DeviceSpec;
 

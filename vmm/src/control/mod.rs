@@ -3,6 +3,7 @@
 mod configure;
 mod memory;
 mod packet;
+mod refusal;
 mod session;
 
 pub use session::now_us;
@@ -16,6 +17,7 @@ use cella_proto::vmm::{Error, ErrorKind, Reply, StopReason, Stopped, reply};
 use crate::machine::worker::Worker;
 use crate::machine::{self, Confine};
 use packet::Packet;
+use refusal::Refusal;
 use session::Session;
 
 const CONTROL: u64 = 1;
@@ -42,13 +44,6 @@ impl ControlError {
     fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, source }
     }
-}
-
-/// A request that was not done, and why.
-#[derive(Debug)]
-struct Refusal {
-    kind: ErrorKind,
-    message: String,
 }
 
 /// What the process brings into the control loop.

@@ -1,16 +1,18 @@
 //! What each request does to the machine.
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use cella_proto::vmm::{Configure, Done, ErrorKind, Request, Started, Stats, reply, request};
+use cella_proto::vmm::{
+    Configure, Done, ErrorKind, Reply, Request, Started, Stats, reply, request,
+};
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 
 use super::packet::{self, Fds};
-use super::{Context, MACHINE_STOPPED, Refusal, configure, memory};
+use super::refusal::Refusal;
+use super::{Context, MACHINE_STOPPED, configure, memory};
 use crate::jail::ThreadKind;
 use crate::machine::devices::Devices;
 use crate::machine::worker::Worker;
@@ -85,16 +87,16 @@ impl Session {
         // What nobody asked for shall not stay open.
         drop(fds);
         let action = "configuring the machine";
-        let mut machine = Machine::new(config).map_err(machine_refusal(action))?;
+        let mut machine = Machine::new(config).map_err(Refusal::machine(action))?;
         let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
-            .map_err(|error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error))?;
+            .map_err(Refusal::devices(action))?;
         machine
             .spawn(self.confine.clone())
-            .map_err(machine_refusal(action))?;
+            .map_err(Refusal::machine(action))?;
         self.worker
             .watch(machine.stopped_event().as_raw_fd(), MACHINE_STOPPED)
             .and_then(|()| (self.confine)(ThreadKind::Main))
-            .map_err(|error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error))?;
+            .map_err(Refusal::io(action))?;
         self.built = Some(Built { devices, machine });
         Ok(())
     }
@@ -107,19 +109,12 @@ impl Session {
             started_us,
             ..Started::default()
         };
-        let event = cella_proto::vmm::Reply {
+        let event = Reply {
             body: Some(reply::Body::Started(started)),
-            ..cella_proto::vmm::Reply::default()
+            ..Reply::default()
         };
-        use std::os::fd::AsFd;
         packet::reply(self.control.as_fd(), &event)
-            .map_err(|error| {
-                refusal(
-                    ErrorKind::ERROR_KIND_INTERNAL,
-                    "saying that the machine has started",
-                    &error,
-                )
-            })
+            .map_err(Refusal::io("saying that the machine has started"))
             .map(drop)
     }
 
@@ -132,7 +127,7 @@ impl Session {
             kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
             message: format!("{action}: it is not configured"),
         })?;
-        change(&mut built.machine).map_err(machine_refusal(action))
+        change(&mut built.machine).map_err(Refusal::machine(action))
     }
 
     fn get_stats(&mut self) -> Result<Stats, Refusal> {
@@ -141,10 +136,8 @@ impl Session {
             .as_ref()
             .map(|built| guest_ranges(&built.machine))
             .unwrap_or_default();
-        let resident = memory::resident(&mut self.smaps, &guest).map_err(|error| {
-            let action = "reading the process's own memory use";
-            refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error)
-        })?;
+        let resident = memory::resident(&mut self.smaps, &guest)
+            .map_err(Refusal::io("reading the process's own memory use"))?;
         let exits: HashMap<String, u64> = self
             .built
             .iter()
@@ -185,17 +178,6 @@ fn guest_ranges(machine: &Machine) -> Vec<Range<u64>> {
             start..start.saturating_add(region.len())
         })
         .collect()
-}
-
-fn refusal(kind: ErrorKind, action: &str, error: &dyn Error) -> Refusal {
-    Refusal {
-        kind,
-        message: format!("{action}: {error}"),
-    }
-}
-
-fn machine_refusal(action: &str) -> impl FnOnce(MachineError) -> Refusal {
-    move |error| refusal(ErrorKind::ERROR_KIND_INTERNAL, action, &error)
 }
 
 /// Microseconds of `CLOCK_MONOTONIC`.
