@@ -14,7 +14,7 @@ instructions() {
         -icount shift=0,sleep=off -rtc base=2026-01-01,clock=vm -seed 1 \
         -display none -nodefaults -no-user-config -no-reboot -serial "file:$console" \
         -kernel target/guest/vmlinux -initrd target/guest/initrd.cpio \
-        -append "$(guest-kernel/cmdline.sh qemu) tsc_early_khz=1000000 nolapic_timer 8250.nr_uarts=1 cella.icount"
+        -append "$(guest-kernel/cmdline.sh qemu) tsc_early_khz=1000000 nolapic_timer 8250.nr_uarts=1 console=ttyS0 cella_icount=1"
     sed -n 's/.*cella-agent: ready tsc=\([0-9]*\).*/\1/p' "$console"
 }
 

@@ -40,12 +40,12 @@ const ALLOWED: &str = "
     execve execveat exit exit_group fork getpgid getpgrp getpid getppid getpriority getrandom
     getresgid getresgid32 getresuid getresuid32 getrlimit getrusage getsid gettid getcpu getegid
     getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getuid getuid32 ioprio_get
-    ioprio_set kill pause pidfd_getfd pidfd_open pidfd_send_signal prctl prlimit64 process_mrelease
+    ioprio_set kill pause pidfd_open pidfd_send_signal prctl prlimit64 process_mrelease
     process_vm_readv process_vm_writev ptrace restart_syscall rseq setfsgid setfsgid32 setfsuid
     setfsuid32 setgid setgid32 setgroups setgroups32 setpgid setpriority setregid setregid32 setresgid
     setresgid32 setresuid setresuid32 setreuid setreuid32 setrlimit setsid setuid setuid32
     set_robust_list get_robust_list set_thread_area get_thread_area set_tid_address sysinfo tgkill
-    tkill ugetrlimit uname vfork wait4 waitid waitpid chroot sysmips
+    tkill ugetrlimit uname vfork wait4 waitid waitpid chroot
 
     rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
     rt_sigtimedwait rt_sigtimedwait_time64 rt_tgsigqueueinfo sigaction sigaltstack sigpending
@@ -89,6 +89,8 @@ pub(super) fn profile() -> Value {
         // Its flags are in memory, where no filter can see them: libraries take ENOSYS as the sign to
         // use clone instead.
         json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
+        // Its arguments are in memory as well (32-bit programs); without it, they use socket itself.
+        json!({ "names": ["socketcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
         json!({
             "names": ["socket"], "action": "SCMP_ACT_ALLOW",
             "args": [{ "index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_NE" }],

@@ -264,7 +264,11 @@ impl Machine {
             setup::set_entry(first, entry)?;
         }
         for (index, vcpu) in (0..).zip(vcpus) {
-            let emulator = Emulator::new(&self.vm, self.memory.clone())
+            let emulator = self
+                .host
+                .emulated()
+                .then(|| Emulator::new(&self.vm, self.memory.clone()))
+                .transpose()
                 .map_err(|source| VcpuError::Emulator { index, source })?;
             let parts = Parts {
                 index,
@@ -293,14 +297,22 @@ impl Machine {
     /// Stops every vCPU where it can be continued. Returns when all have stopped executing guest code.
     ///
     /// # Errors
-    /// [`MachineError::State`] unless running; a vCPU that does not answer.
+    /// [`MachineError::State`] unless running, or if the guest ends the machine meanwhile; a vCPU that does not answer,
+    /// which ends the machine too.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if self.state() != State::Running {
             return Err(self.wrong_state("pause"));
         }
         self.vcpus.iter().for_each(VcpuThread::pause);
         for vcpu in &self.vcpus {
-            vcpu.wait_paused()?;
+            if let Err(deaf) = vcpu.wait_paused() {
+                // Some have paused and one has not: from there no way leads back.
+                self.end.set(StopReason::Failure(deaf.to_string()));
+                return Err(deaf.into());
+            }
+        }
+        if self.state() == State::Stopped {
+            return Err(self.wrong_state("pause"));
         }
         self.state = State::Paused;
         Ok(())

@@ -33,7 +33,9 @@ pub(super) fn create(
         .map_err(refused("KVM_SET_TSS_ADDR"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    exit_on_emulation_failure(&vm);
+    if cpuid.emulated() {
+        exit_on_emulation_failure(&vm)?;
+    }
     vm.create_irq_chip()
         .map_err(refused("KVM_CREATE_IRQCHIP"))?;
     let pit = kvm_pit_config {
@@ -71,13 +73,14 @@ fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// Asks for the exit that carries the bytes of what KVM cannot emulate. Without it (old kernels) such an instruction is
-/// the guest's problem, and on hardware there is none.
-fn exit_on_emulation_failure(vm: &VmFd) {
+/// Asks for the exit that carries the bytes of what KVM cannot emulate. Hardware hosts do without: there, nothing but a
+/// broken guest gets as far.
+fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), MachineError> {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
         ..Default::default()
     };
     cap.args[0] = 1;
-    let _ = vm.enable_cap(&cap);
+    vm.enable_cap(&cap)
+        .map_err(refused("KVM_CAP_EXIT_ON_EMULATION_FAILURE"))
 }

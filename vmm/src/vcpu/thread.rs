@@ -60,8 +60,8 @@ pub struct Parts {
     pub vcpu: VcpuFd,
     /// Who answers outside of RAM.
     pub buses: Buses,
-    /// Completes what KVM cannot emulate.
-    pub emulator: Emulator,
+    /// Completes what KVM cannot emulate; `None` on hosts with hardware virtualization.
+    pub emulator: Option<Emulator>,
     /// Called when the guest or a failure ends the thread.
     pub on_end: OnEnd,
 }
@@ -175,7 +175,7 @@ struct Runner {
     index: u32,
     kickable: Kickable,
     buses: Buses,
-    emulator: Emulator,
+    emulator: Option<Emulator>,
     on_end: OnEnd,
     commands: Receiver<Command>,
     paused: Sender<()>,
@@ -285,9 +285,13 @@ impl Runner {
         let run = vcpu.get_kvm_run();
         // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, whose data this member is; every bit pattern of it is valid.
         let error = unsafe { run.__bindgen_anon_1.emulation_failure };
-        if error.suberror != KVM_INTERNAL_ERROR_EMULATION {
+        let Some(emulator) = self
+            .emulator
+            .as_ref()
+            .filter(|_| error.suberror == KVM_INTERNAL_ERROR_EMULATION)
+        else {
             return Err(format!("KVM's internal error {}", error.suberror));
-        }
+        };
         let has_bytes = error.ndata >= 3
             && error.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
         // SAFETY: the flag says that KVM has filled these in; every bit pattern of them is valid.
@@ -300,7 +304,7 @@ impl Runner {
             .insn_bytes
             .get(..size)
             .unwrap_or(&instruction.insn_bytes);
-        self.emulator
+        emulator
             .complete(vcpu, bytes)
             .map_err(|error| error.to_string())
     }

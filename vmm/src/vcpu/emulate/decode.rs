@@ -60,7 +60,7 @@ enum Base {
 }
 
 /// The longest instruction.
-const MAX_BYTES: usize = 15;
+pub const MAX_BYTES: usize = 15;
 
 /// Decodes the instruction at the start of `bytes`; `None` if it is none of ours.
 pub fn decode(bytes: &[u8]) -> Option<Instruction> {

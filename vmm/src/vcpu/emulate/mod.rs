@@ -124,7 +124,8 @@ impl Emulator {
         })
     }
 
-    /// Completes the instruction at the vCPU's RIP; `bytes` are its first bytes as KVM gave them, or nothing.
+    /// Completes the instruction at the vCPU's RIP; `bytes` are its first bytes as KVM gave them. If it gave none, they
+    /// are read from the guest's memory.
     ///
     /// # Errors
     /// See [`EmulateError`].
@@ -145,6 +146,13 @@ impl Emulator {
             // have answered with #UD, had we not asked for this exit.
             return step.raise(Exception::new(INVALID_OPCODE));
         }
+        let fetched;
+        let bytes = if bytes.is_empty() {
+            fetched = step.fetch();
+            &fetched
+        } else {
+            bytes
+        };
         let unknown = || EmulateError::Unknown {
             bytes: bytes.to_vec(),
             rip,
@@ -167,6 +175,18 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
+    /// The bytes from RIP on, as many as an instruction may have and memory holds.
+    fn fetch(&self) -> Vec<u8> {
+        let space = AddressSpace::new(self.memory, &self.sregs);
+        (0..decode::MAX_BYTES as u64)
+            .map_while(|offset| {
+                let mut byte = [0];
+                let at = self.regs.rip.wrapping_add(offset);
+                space.read(at, &mut byte).ok().map(|()| byte[0])
+            })
+            .collect()
+    }
+
     fn finish(mut self, instruction: Instruction) -> Result<(), EmulateError> {
         let next = self.regs.rip.wrapping_add(u64::from(instruction.length));
         let exception = match self.execute(&instruction, next)? {
