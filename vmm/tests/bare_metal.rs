@@ -82,6 +82,9 @@ fn a_notified_queue_does_not_leave_kvm() {
     assert_eq!(bench.next(), (0x50, 4, 2));
     assert_eq!(bench.queues[0].read().unwrap(), 1);
     assert_eq!(bench.queues[1].read().unwrap(), 2);
+    // Counted when the device has answered.
+    until("it is counted", || bench.exits("mmio_write") > 0);
+    bench.machine.pause().unwrap();
     assert_eq!(bench.exits("mmio_write"), 1);
 }
 

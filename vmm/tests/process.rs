@@ -41,6 +41,7 @@ fn refused(body: reply::Body) -> ErrorKind {
 
 #[test]
 fn the_command_line_is_explained_and_checked() {
+    let _alone = alone();
     let run = |arguments: &[&str]| {
         let output = Command::new(PROGRAM).args(arguments).output().unwrap();
         let text = [output.stdout, output.stderr].concat();
@@ -70,6 +71,7 @@ fn the_command_line_is_explained_and_checked() {
 
 #[test]
 fn a_jail_for_root_is_refused() {
+    let _alone = alone();
     let arguments = "--control 3 --share / --sockets / --uid 0 --gid 1";
     let output = Command::new(PROGRAM)
         .args(arguments.split(' '))

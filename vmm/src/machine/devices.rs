@@ -78,7 +78,8 @@ pub enum DevicesError {
 
 /// The machine's devices, running.
 pub struct Devices {
-    transports: Vec<Arc<MmioTransport>>,
+    /// Those that run on the main thread.
+    of_main: Vec<Arc<MmioTransport>>,
     threads: Vec<WorkerThread>,
 }
 
@@ -102,7 +103,7 @@ impl Devices {
         confine: &Confine,
     ) -> Result<Self, DevicesError> {
         let mut devices = Self {
-            transports: Vec::new(),
+            of_main: Vec::new(),
             threads: Vec::new(),
         };
         for spec in specs {
@@ -114,12 +115,13 @@ impl Devices {
             let run = |source| DevicesError::Run { name, source };
             match thread {
                 None => {
-                    let transport = devices.plug(machine, name, device, main)?;
-                    main.add(transport).map_err(run)?;
+                    let transport = plug(machine, name, device, main)?;
+                    main.add(transport.clone()).map_err(run)?;
+                    devices.of_main.push(transport);
                 }
                 Some(kind) => {
                     let mut worker = Worker::new().map_err(run)?;
-                    let transport = devices.plug(machine, name, device, &worker)?;
+                    let transport = plug(machine, name, device, &worker)?;
                     worker.add(transport).map_err(run)?;
                     let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
                     devices.threads.push(thread.map_err(run)?);
@@ -129,31 +131,30 @@ impl Devices {
         Ok(devices)
     }
 
-    fn plug(
-        &mut self,
-        machine: &mut Machine,
-        name: &'static str,
-        device: Box<dyn Device>,
-        worker: &Worker,
-    ) -> Result<Arc<MmioTransport>, DevicesError> {
-        let transport = MmioTransport::new(name, device, machine.memory(), worker.watcher())
-            .map_err(|source| DevicesError::Run { name, source })?;
-        let connect = |source| DevicesError::Connect { name, source };
-        let slot = machine.allocate_slot().map_err(connect)?;
-        machine
-            .connect(slot, transport.clone(), transport.irq(), transport.kicks())
-            .map_err(connect)?;
-        self.transports.push(transport.clone());
-        Ok(transport)
-    }
-
-    /// Ends the devices' threads, then their connections. The vCPUs must have stopped.
+    /// Ends the devices' use, each on its own thread, and their threads. The vCPUs must have stopped.
     pub fn shut_down(self) {
         drop(self.threads);
-        for transport in &self.transports {
+        for transport in &self.of_main {
             transport.shut_down();
         }
     }
+}
+
+/// Puts `device` behind registers of `machine`, to run in `worker`.
+fn plug(
+    machine: &mut Machine,
+    name: &'static str,
+    device: Box<dyn Device>,
+    worker: &Worker,
+) -> Result<Arc<MmioTransport>, DevicesError> {
+    let transport = MmioTransport::new(name, device, machine.memory(), worker.watcher())
+        .map_err(|source| DevicesError::Run { name, source })?;
+    let connect = |source| DevicesError::Connect { name, source };
+    let slot = machine.allocate_slot().map_err(connect)?;
+    machine
+        .connect(slot, transport.clone(), transport.irq(), transport.kicks())
+        .map_err(connect)?;
+    Ok(transport)
 }
 
 fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {

@@ -144,6 +144,12 @@ impl Worker {
         self.shared.watch(fd, Target::Owner(token), EventSet::IN)
     }
 
+    /// Ends the use of every device of this loop, on the thread that runs it: only that thread's filter has the
+    /// system calls for it.
+    pub fn shut_down(&self) {
+        self.devices.iter().for_each(|device| device.shut_down());
+    }
+
     /// Waits until something is ready, runs the devices that it concerns, and returns the owner's tokens.
     ///
     /// # Errors
@@ -189,7 +195,7 @@ fn readiness(events: u32) -> Readiness {
 
 const STOP: u64 = 0;
 
-/// A thread that runs a [`Worker`]. Dropping it ends and joins the thread.
+/// A thread that runs a [`Worker`]. Dropping it ends its devices' use, and joins the thread.
 pub struct WorkerThread {
     stop: EventFd,
     handle: Option<JoinHandle<()>>,
@@ -229,7 +235,7 @@ fn run_thread(worker: &Worker, kind: ThreadKind, confine: &Confine) {
     loop {
         match worker.run_once() {
             Ok(tokens) if tokens.is_empty() => {}
-            Ok(_) => return,
+            Ok(_) => return worker.shut_down(),
             Err(error) => {
                 eprintln!("cella-vmm: event loop of a {kind:?} thread: {error}");
                 return;
