@@ -38,10 +38,9 @@ fn a_bundle_is_its_configuration_and_root() {
     assert_eq!(load(dir.path()).unwrap().rootfs, elsewhere.path());
 }
 
-/// Each field that is wrong is named.
-#[test]
-fn errors_name_the_field() {
-    for (pointer, wrong, words) in [
+/// A field, a wrong value, and what is said about it.
+fn wrong_fields() -> Vec<(&'static str, Value, &'static str)> {
+    vec![
         ("/ociVersion", Value::Null, "ociVersion: not a string"),
         (
             "/ociVersion",
@@ -81,7 +80,13 @@ fn errors_name_the_field() {
             "process.cwd: \"tmp\" is not an absolute path",
         ),
         ("/process/user", json!(0), "process.user: not an object"),
-    ] {
+    ]
+}
+
+/// Each field that is wrong is named.
+#[test]
+fn errors_name_the_field() {
+    for (pointer, wrong, words) in wrong_fields() {
         let mut config = whole();
         *config.pointer_mut(pointer).unwrap() = wrong;
         let error = parse(config.to_string().as_bytes(), "the/config.json").unwrap_err();

@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::image::testing::{INDEX, Layout, TAR, TAR_GZIP, gzip, zstd};
+use crate::image::testing::{INDEX, Layout, TAR, TAR_GZIP, Tar, gzip, zstd};
 
 /// Resolves, with the store's scratch directory in a place of its own.
 fn resolved(reference: &str) -> Result<Resolved> {
@@ -299,90 +299,73 @@ fn an_archive_of_a_layout_is_read_in_place_or_decompressed() {
     refused("docker-archive:/proc", &["/proc", "not a regular file"]);
 }
 
+/// An archive of `manifest.json`, a configuration and one layer, with symbolic links beside.
+fn saved(manifest: &Value, links: &[(&str, &str)]) -> (TempDir, PathBuf) {
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": { "Cmd": ["saved"] },
+        "rootfs": { "type": "layers", "diff_ids": [Sha256Digest::of(b"layer").to_string()] },
+    });
+    let mut tar = Tar::new()
+        .file("manifest.json", manifest.to_string().as_bytes())
+        .file("config.json", config.to_string().as_bytes())
+        .file("one/layer.tar", b"layer");
+    for (name, target) in links {
+        tar = tar.symlink(name, target);
+    }
+    file(&tar.finish())
+}
+
+/// An image of `manifest.json`.
+fn saved_image(tag: &str, layer: &str) -> Value {
+    json!({ "Config": "config.json", "RepoTags": [tag], "Layers": [layer] })
+}
+
+/// The content of the only layer.
+fn saved_layer(manifest: &Value, links: &[(&str, &str)], tag: &str) -> Result<Vec<u8>> {
+    let (_dir, path) = saved(manifest, links);
+    let reference = ImageRef::parse(&format!("docker-archive:{}{tag}", path.display())).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let (files, resolved) = resolve(&reference, scratch.path(), &Limits::default())?;
+    assert_eq!(cmd(&resolved), "saved");
+    let mut layer = Vec::new();
+    let (mut reader, _) = files.open(&resolved.layers[0].name)?;
+    reader.read_to_end(&mut layer).unwrap();
+    Ok(layer)
+}
+
 #[test]
 fn what_docker_saves() {
-    let archive = |manifest: &Value, links: &[(&str, &str)]| {
-        let mut builder = tar::Builder::new(Vec::new());
-        let config = json!({
-            "architecture": "amd64", "os": "linux", "config": { "Cmd": ["saved"] },
-            "rootfs": { "type": "layers", "diff_ids": [Sha256Digest::of(b"layer").to_string()] },
-        });
-        let files = [
-            ("manifest.json", manifest.to_string()),
-            ("config.json", config.to_string()),
-            ("one/layer.tar", "layer".to_owned()),
-        ];
-        let header = |size: usize, kind| {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(kind);
-            header.set_size(size as u64);
-            header.set_mode(0o644);
-            header
-        };
-        for (name, text) in &files {
-            let mut header = header(text.len(), tar::EntryType::Regular);
-            builder
-                .append_data(&mut header, name, text.as_bytes())
-                .unwrap();
-        }
-        for (name, target) in links {
-            builder
-                .append_link(&mut header(0, tar::EntryType::Symlink), name, target)
-                .unwrap();
-        }
-        file(&builder.into_inner().unwrap())
-    };
-    let image = |tag: &str, layer: &str| json!({ "Config": "config.json", "RepoTags": [tag], "Layers": [layer] });
-    let opened = |manifest: &Value, links: &[(&str, &str)], tag: &str| -> Result<Vec<u8>> {
-        let (_dir, path) = archive(manifest, links);
-        let reference =
-            ImageRef::parse(&format!("docker-archive:{}{tag}", path.display())).unwrap();
-        let scratch = tempfile::tempdir().unwrap();
-        let (files, resolved) = resolve(&reference, scratch.path(), &Limits::default())?;
-        assert_eq!(cmd(&resolved), "saved");
-        let mut layer = Vec::new();
-        files
-            .open(&resolved.layers[0].name)?
-            .0
-            .read_to_end(&mut layer)
-            .unwrap();
-        Ok(layer)
-    };
-    let one = json!([image("x:1", "one/layer.tar")]);
+    let one = json!([saved_image("x:1", "one/layer.tar")]);
     for tag in ["", ":1", ":x:1"] {
-        assert_eq!(opened(&one, &[], tag).unwrap(), b"layer");
+        assert_eq!(saved_layer(&one, &[], tag).unwrap(), b"layer");
     }
-    let error = opened(&one, &[], ":2").unwrap_err();
-    assert!(
-        error.to_string().contains("\"2\"") && error.to_string().contains("x:1"),
-        "{error}"
-    );
-    let two = json!([image("x:1", "one/layer.tar"), image("x:2", "one/layer.tar")]);
-    assert_eq!(
-        opened(&two, &[], "").unwrap_err().kind(),
-        ErrorKind::InvalidArgument
-    );
-    assert_eq!(opened(&two, &[], ":2").unwrap(), b"layer");
+    let text = saved_layer(&one, &[], ":2").unwrap_err().to_string();
+    assert!(text.contains("\"2\"") && text.contains("x:1"), "{text}");
+    let two = json!([
+        saved_image("x:1", "one/layer.tar"),
+        saved_image("x:2", "one/layer.tar")
+    ]);
+    let error = saved_layer(&two, &[], "").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(saved_layer(&two, &[], ":2").unwrap(), b"layer");
+}
 
-    // A layer that repeats is a link, which is followed within the archive alone.
-    let linked = json!([image("x:1", "two/layer.tar")]);
-    assert_eq!(
-        opened(&linked, &[("two/layer.tar", "../one/layer.tar")], "").unwrap(),
-        b"layer"
-    );
+/// A layer that repeats is saved as a link, which is followed within the archive alone.
+#[test]
+fn links_of_archives_do_not_lead_out() {
+    let linked = json!([saved_image("x:1", "two/layer.tar")]);
+    let inside = [("two/layer.tar", "../one/layer.tar")];
+    assert_eq!(saved_layer(&linked, &inside, "").unwrap(), b"layer");
     let around = [("two/layer.tar", "../three"), ("three", "two/layer.tar")];
-    let error = opened(&linked, &around, "").unwrap_err();
+    let error = saved_layer(&linked, &around, "").unwrap_err();
     assert!(error.to_string().contains("leads nowhere"), "{error}");
     for target in ["../../../../../etc/passwd", "/etc/passwd"] {
-        let error = opened(&linked, &[("two/layer.tar", target)], "").unwrap_err();
+        let error = saved_layer(&linked, &[("two/layer.tar", target)], "").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
     }
-    let outside = json!([image("x:1", "../../../../etc/passwd")]);
-    let error = opened(&outside, &[], "").unwrap_err();
-    assert!(
-        error.to_string().contains("../../../../etc/passwd"),
-        "{error}"
-    );
+    let name = "../../../../etc/passwd";
+    let error = saved_layer(&json!([saved_image("x:1", name)]), &[], "").unwrap_err();
+    assert!(error.to_string().contains(name), "{error}");
 }
 
 #[test]
