@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 use crate::error::ErrorKind;
-use crate::paths::{Paths, is_valid_id};
+use crate::paths::{Paths, check_id, is_valid_id};
 use crate::sandbox::Error;
 use crate::sandbox::state::{self, ContainerState};
 
@@ -56,14 +56,7 @@ impl Record {
     }
 
     fn new(paths: &Paths, id: &str) -> Result<Self, Error> {
-        if !is_valid_id(id) {
-            return Err(Error::state(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"
-                ),
-            ));
-        }
+        check_id(id)?;
         Ok(Self {
             id: id.to_owned(),
             path: paths.lib_dir.join("containers").join(id),

@@ -73,7 +73,8 @@ impl From<&std::io::Error> for ErrorKind {
     }
 }
 
-/// The whole chain of an error in one line: "what: why: why".
+/// The whole chain of an error in one line: "what: why: why". Control characters, which a name in an
+/// image or in a guest may have, are escaped: they would act on the reader's terminal.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut next = error.source();
@@ -86,5 +87,37 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         }
         next = cause.source();
     }
-    line
+    if !line.contains(char::is_control) {
+        return line;
+    }
+    let mut escaped = String::with_capacity(line.len());
+    for c in line.chars() {
+        if c.is_control() {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Said(&'static str, #[source] std::io::Error);
+
+    #[test]
+    fn a_chain_is_one_line_that_acts_on_no_terminal() {
+        let cause = || std::io::Error::other("no\nroom");
+        assert_eq!(chain(&Said("write x", cause())), "write x: no\\nroom");
+        assert_eq!(
+            chain(&Said("a \u{1b}[2Jb", cause())),
+            "a \\u{1b}[2Jb: no\\nroom"
+        );
+        // A cause that its effect repeats is said once.
+        assert_eq!(chain(&Said("write: no\nroom", cause())), "write: no\\nroom");
+    }
 }

@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::error::ErrorKind;
+use crate::sandbox::Error;
+
 /// The directories and files that Cella uses on a host.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Paths {
@@ -82,6 +85,22 @@ pub fn is_valid_id(id: &str) -> bool {
         && id
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'))
+}
+
+/// Checks an id of a caller's.
+///
+/// # Errors
+/// `InvalidArgument`: see [`is_valid_id`].
+pub fn check_id(id: &str) -> Result<(), Error> {
+    if is_valid_id(id) {
+        return Ok(());
+    }
+    Err(Error::state(
+        ErrorKind::InvalidArgument,
+        format!(
+            "'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"
+        ),
+    ))
 }
 
 /// `path` with its directory, for messages and comparisons: as given where it cannot be resolved.

@@ -7,7 +7,6 @@ use oci_spec::runtime::Spec;
 use serde_json::Value;
 
 use super::error::{Error, Result};
-use super::mount::RootfsMount;
 use super::source::open_regular;
 
 /// Bytes of the largest `config.json`.
@@ -20,14 +19,6 @@ pub struct Bundle {
     pub spec: Spec,
     /// The directory of the root file system, on the host.
     pub rootfs: PathBuf,
-}
-
-impl Bundle {
-    /// Mounts the root file system at `target`, read-write and as it is, as runc does: what the
-    /// container writes is written to the bundle.
-    pub fn mount(&self, target: &Path) -> Result<RootfsMount> {
-        RootfsMount::bind(&self.rootfs, target)
-    }
 }
 
 /// Reads the bundle in `dir`.

@@ -1,4 +1,4 @@
-//! Root file systems of containers: overlay mounts over layers, bind mounts of bundles.
+//! Root file systems of containers: overlay mounts over an image's layers or directory.
 
 use std::ffi::CString;
 use std::fmt::Write as _;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::error::{Context, Error, Result};
 use super::tree::remove_tree;
@@ -24,7 +24,7 @@ const SOURCE: &str = "cella";
 #[must_use = "dropping it unmounts the root file system"]
 pub struct RootfsMount {
     target: PathBuf,
-    scratch: Option<PathBuf>,
+    scratch: PathBuf,
     kept: bool,
 }
 
@@ -38,7 +38,7 @@ impl RootfsMount {
         // From here on, whatever was made is taken back if a later step fails.
         let mount = Self {
             target: target.to_path_buf(),
-            scratch: Some(scratch.to_path_buf()),
+            scratch: scratch.to_path_buf(),
             kept: false,
         };
         let (upper, work) = (scratch.join("upper"), scratch.join("work"));
@@ -74,22 +74,6 @@ impl RootfsMount {
         Ok(mount)
     }
 
-    /// Mounts the directory `source` and what is mounted beneath it at `target`, as it is.
-    pub(super) fn bind(source: &Path, target: &Path) -> Result<Self> {
-        make_dir(target, 0o755)?;
-        let mount = Self {
-            target: target.to_path_buf(),
-            scratch: None,
-            kept: false,
-        };
-        rustix::mount::mount_bind_recursive(source, target)
-            .context("mount the root file system at", target)?;
-        // What happens beneath `target` later must not be seen at `source`.
-        let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        rustix::mount::mount_change(target, flags).context("make private", target)?;
-        Ok(mount)
-    }
-
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         &self.target
@@ -98,7 +82,7 @@ impl RootfsMount {
     /// Unmounts it, and removes the mount point and what was written.
     pub fn unmount(mut self) -> Result<()> {
         self.kept = true;
-        release(&self.target, self.scratch.as_deref())
+        release(&self.target, &self.scratch)
     }
 
     /// Leaves it mounted when this is dropped: it then belongs to whoever calls [`release`] with the
@@ -113,7 +97,7 @@ impl Drop for RootfsMount {
         if self.kept {
             return;
         }
-        if let Err(error) = release(&self.target, self.scratch.as_deref()) {
+        if let Err(error) = release(&self.target, &self.scratch) {
             tracing::warn!(error = %error.chain(), "a root file system could not be removed");
         }
     }
@@ -121,7 +105,7 @@ impl Drop for RootfsMount {
 
 /// Takes all mounts off `target`, and removes it and the directory `scratch`. What of this is done
 /// already, or was never made, is passed over: so this cleans up after a process that died at any point.
-pub fn release(target: &Path, scratch: Option<&Path>) -> Result<()> {
+pub fn release(target: &Path, scratch: &Path) -> Result<()> {
     for _ in 0..STACKED_MOUNTS {
         // A lazy unmount: the virtual machine that still has a file open must not keep the name.
         match rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
@@ -136,10 +120,7 @@ pub fn release(target: &Path, scratch: Option<&Path>) -> Result<()> {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(error) => return Err(error).context("remove the mount point", target),
     }
-    match scratch {
-        Some(scratch) => remove_tree(scratch),
-        None => Ok(()),
-    }
+    remove_tree(scratch)
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<()> {

@@ -21,7 +21,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use super::error::Error;
 use super::state::{self, SandboxState};
 use crate::error::ErrorKind;
-use crate::paths::{Paths, is_valid_id};
+use crate::paths::{Paths, check_id, is_valid_id};
 
 /// The directory of one sandbox; see the module.
 #[derive(Clone, Debug)]
@@ -45,14 +45,7 @@ impl SandboxDir {
     /// # Errors
     /// `InvalidArgument`: `id` is no id.
     pub fn new(paths: &Paths, id: &str) -> Result<Self, Error> {
-        if !is_valid_id(id) {
-            return Err(Error::state(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "'{id}' is no id: 1 to 76 letters, digits, '_', '.' or '-', the first a letter or a digit"
-                ),
-            ));
-        }
+        check_id(id)?;
         Ok(Self {
             id: id.to_owned(),
             path: paths.sandbox(id),

@@ -5,11 +5,13 @@
 //! | [`dir`] | its directory on the host |
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
+//! | `calls` | what it asks of its agent |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`] | what containers see of the host |
 //! | [`gc`] | what dead processes left |
 
 pub mod agent;
+mod calls;
 pub mod dir;
 mod error;
 pub mod gc;
@@ -20,12 +22,8 @@ pub mod volume;
 use std::fs::File;
 use std::time::Duration;
 
-use cella_proto::agent::{
-    ContainerRef, CreateContainerRequest, ExecRequest, Exit, InfoResponse, Mount, ProcessRef,
-    Ready, ResizeTerminalRequest, SetUpSandboxRequest, SignalRequest, StatsResponse, Stdio,
-};
+use cella_proto::agent::{Mount, Ready, SetUpSandboxRequest};
 use cella_proto::vmm::Stats;
-use oci_spec::runtime::{Process, Spec};
 use tokio::net::UnixListener;
 use ttrpc::context::Context;
 
@@ -190,186 +188,6 @@ impl Sandbox {
         self.agent.ready().await
     }
 
-    /// Makes a container; its `spec` has the guest's paths ([`volume::Volumes`] makes them so).
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn create(&self, id: &str, spec: &Spec, stdio: Stdio) -> Result<u32, Error> {
-        let action = || format!("creating container {id}");
-        let request = CreateContainerRequest {
-            container_id: id.to_owned(),
-            spec: serde_json::to_vec(spec).map_err(|e| Error::host(action(), e))?,
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        };
-        let created = self
-            .guard_start(
-                self.agent
-                    .client()
-                    .create_container(Context::default(), &request),
-                action,
-            )
-            .await?;
-        Ok(created.pid)
-    }
-
-    /// Makes a process in a running container.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn exec(
-        &self,
-        id: &str,
-        exec: &str,
-        process: &Process,
-        stdio: Stdio,
-    ) -> Result<(), Error> {
-        let action = || format!("making process {exec} in container {id}");
-        let request = ExecRequest {
-            container_id: id.to_owned(),
-            exec_id: exec.to_owned(),
-            process: serde_json::to_vec(process).map_err(|e| Error::host(action(), e))?,
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        };
-        self.guard_start(
-            self.agent.client().exec(Context::default(), &request),
-            action,
-        )
-        .await
-        .map(drop)
-    }
-
-    /// Starts a created container (`exec` empty) or process.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn start(&self, id: &str, exec: &str) -> Result<u32, Error> {
-        let action = || format!("starting {}", name(id, exec));
-        let request = process_ref(id, exec);
-        let started = self
-            .guard_start(
-                self.agent.client().start(Context::default(), &request),
-                action,
-            )
-            .await?;
-        Ok(started.pid)
-    }
-
-    /// Sends a signal to a process, or to all of its container.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
-        let request = SignalRequest {
-            container_id: id.to_owned(),
-            exec_id: exec.to_owned(),
-            signal,
-            all,
-            ..Default::default()
-        };
-        let action = || format!("sending signal {signal} to {}", name(id, exec));
-        self.guard(
-            self.agent.client().signal(Context::default(), &request),
-            action,
-        )
-        .await
-        .map(drop)
-    }
-
-    /// Waits for the end of a container's init (`exec` empty) or of another process.
-    ///
-    /// # Errors
-    /// `Unavailable`: the virtual machine or the agent is gone.
-    pub async fn wait(&self, id: &str, exec: &str) -> Result<Exit, Error> {
-        let action = || format!("waiting for {}", name(id, exec));
-        match self.owned.as_ref() {
-            None => self.agent.exit(id, exec).await,
-            Some(owned) => tokio::select! {
-                biased;
-                exit = self.agent.exit(id, exec) => match exit {
-                    Ok(exit) => Ok(exit),
-                    // The connection ends with the machine: its own reason says more.
-                    Err(error) => Err(self.why(owned, error).await),
-                },
-                ended = owned.vm.wait() => Err(Error::state(
-                    ErrorKind::Unavailable,
-                    format!("{}: the virtual machine ended: {}", action(), ended.message),
-                )),
-            },
-        }
-    }
-
-    /// Forgets a stopped process or container.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn delete(&self, id: &str, exec: &str) -> Result<(), Error> {
-        let action = || format!("deleting {}", name(id, exec));
-        let request = process_ref(id, exec);
-        self.guard(
-            self.agent.client().delete(Context::default(), &request),
-            action,
-        )
-        .await
-        .map(drop)
-    }
-
-    /// Changes a terminal's size.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn resize(&self, id: &str, exec: &str, size: (u16, u16)) -> Result<(), Error> {
-        let request = ResizeTerminalRequest {
-            container_id: id.to_owned(),
-            exec_id: exec.to_owned(),
-            rows: size.0.into(),
-            columns: size.1.into(),
-            ..Default::default()
-        };
-        let action = || format!("resizing the terminal of {}", name(id, exec));
-        self.guard(
-            self.agent
-                .client()
-                .resize_terminal(Context::default(), &request),
-            action,
-        )
-        .await
-        .map(drop)
-    }
-
-    /// What a container uses.
-    ///
-    /// # Errors
-    /// The agent's, with their kinds.
-    pub async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
-        let request = ContainerRef {
-            container_id: id.to_owned(),
-            ..Default::default()
-        };
-        let action = || format!("reading the statistics of container {id}");
-        self.guard(
-            self.agent.client().stats(Context::default(), &request),
-            action,
-        )
-        .await
-    }
-
-    /// Facts of the guest and its agent.
-    ///
-    /// # Errors
-    /// `Unavailable`: it is gone.
-    pub async fn info(&self) -> Result<InfoResponse, Error> {
-        let action = || "asking the agent for its facts".to_owned();
-        self.guard(
-            self.agent
-                .client()
-                .info(Context::default(), &Default::default()),
-            action,
-        )
-        .await
-    }
-
     /// What the virtual machine has cost; only its owner can ask.
     ///
     /// # Errors
@@ -415,45 +233,6 @@ impl Sandbox {
         owned.vm.stop().await?;
         drop(owned);
         self.dir.remove()
-    }
-
-    /// Waits for the agent's answer, and gives its failure the virtual machine's end as reason, if that is it.
-    async fn guard<T>(
-        &self,
-        call: impl Future<Output = ttrpc::Result<T>>,
-        action: impl Fn() -> String,
-    ) -> Result<T, Error> {
-        match (call.await, &self.owned) {
-            (Ok(answer), _) => Ok(answer),
-            (Err(error), Some(owned)) => Err(self.why(owned, Error::agent(action(), error)).await),
-            (Err(error), None) => Err(Error::agent(action(), error)),
-        }
-    }
-
-    /// The same of a call that makes or starts a process.
-    async fn guard_start<T>(
-        &self,
-        call: impl Future<Output = ttrpc::Result<T>>,
-        action: impl Fn() -> String,
-    ) -> Result<T, Error> {
-        match (call.await, &self.owned) {
-            (Ok(answer), _) => Ok(answer),
-            (Err(error), Some(owned)) => {
-                Err(self.why(owned, Error::starting(action(), error)).await)
-            }
-            (Err(error), None) => Err(Error::starting(action(), error)),
-        }
-    }
-
-    async fn why(&self, owned: &Owned, error: Error) -> Error {
-        if error.kind() != ErrorKind::Unavailable {
-            return error;
-        }
-        // The two ends come within moments of each other, in either order.
-        match tokio::time::timeout(Duration::from_millis(500), owned.vm.wait()).await {
-            Ok(ended) => gone(&self.dir, &ended).into(),
-            Err(_) => error,
-        }
     }
 }
 
@@ -528,20 +307,4 @@ fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
         entropy,
         ..Default::default()
     })
-}
-
-fn process_ref(id: &str, exec: &str) -> ProcessRef {
-    ProcessRef {
-        container_id: id.to_owned(),
-        exec_id: exec.to_owned(),
-        ..Default::default()
-    }
-}
-
-fn name(id: &str, exec: &str) -> String {
-    if exec.is_empty() {
-        format!("container {id}")
-    } else {
-        format!("process {exec} of container {id}")
-    }
 }

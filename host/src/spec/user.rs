@@ -1,5 +1,6 @@
 //! Users and groups, by the container's own `/etc/passwd` and `/etc/group`.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -43,7 +44,7 @@ pub fn resolve(user: &str, rootfs: &Path) -> Result<ResolvedUser> {
 
 /// As [`resolve`], with the files' contents.
 pub fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<ResolvedUser> {
-    let refuse = |reason: String, missing: bool| Error::User {
+    let refused = |(reason, missing): Refusal| Error::User {
         user: user.chars().take(256).collect(),
         reason,
         missing,
@@ -53,7 +54,7 @@ pub fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<ResolvedUser>
         None => (user, None),
     };
     let name = if name.is_empty() { "0" } else { name };
-    let id = id(name).map_err(|reason| refuse(reason, false))?;
+    let id = id(name).map_err(refused)?;
     let accounts = || passwd.lines().filter_map(Account::parse);
     let account = accounts()
         .find(|account| account.name == name)
@@ -62,58 +63,71 @@ pub fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<ResolvedUser>
         (Some(account), _) => (account.uid, account.gid, account.home),
         (None, Some(uid)) => (uid, 0, ""),
         (None, None) => {
-            return Err(refuse(
-                "there is no such user in the image's /etc/passwd".into(),
-                true,
-            ));
+            let reason = "there is no such user in the image's /etc/passwd";
+            return Err(refused((reason.to_owned(), true)));
         }
     };
-    let home = if home.is_empty() { "/" } else { home }.to_owned();
-    let Some(group_name) = group_name else {
-        let names = group.lines().filter_map(Group::parse);
-        let member = account.as_ref().map(|account| account.name);
-        let listed = names.filter(|group| member.is_some_and(|member| group.has(member)));
-        let mut groups = vec![primary];
-        for gid in listed.map(|group| group.gid) {
-            if groups.len() >= GROUPS {
-                return Err(refuse(format!("it is in more than {GROUPS} groups"), false));
-            }
-            if !groups.contains(&gid) {
-                groups.push(gid);
-            }
-        }
-        return Ok(ResolvedUser {
-            uid,
-            gid: primary,
-            groups,
-            home,
-        });
+    let groups = match group_name {
+        Some(name) => find_group(name, group).map(|gid| vec![gid]),
+        None => memberships(account.as_ref(), primary, group),
     };
-    let id = self::id(group_name).map_err(|reason| refuse(reason, false))?;
-    let known = group
-        .lines()
-        .filter_map(Group::parse)
-        .find(|group| group.name == group_name);
-    let Some(gid) = known.map(|group| group.gid).or(id) else {
-        let reason = format!("there is no group {group_name:?} in the image's /etc/group");
-        return Err(refuse(reason, true));
-    };
+    let groups = groups.map_err(refused)?;
     Ok(ResolvedUser {
         uid,
-        gid,
-        groups: vec![gid],
-        home,
+        gid: groups.first().copied().unwrap_or(primary),
+        groups,
+        home: if home.is_empty() { "/" } else { home }.to_owned(),
     })
 }
 
+/// Why a user or group was not found, and whether it just does not exist.
+type Refusal = (String, bool);
+
+/// The id of the group `name`, which may be an id itself.
+fn find_group(name: &str, groups: &str) -> std::result::Result<u32, Refusal> {
+    let id = id(name)?;
+    let mut known = groups.lines().filter_map(Group::parse);
+    let known = known.find(|group| group.name == name);
+    known.map(|group| group.gid).or(id).ok_or_else(|| {
+        let reason = format!("there is no group {name:?} in the image's /etc/group");
+        (reason, true)
+    })
+}
+
+/// The primary group, and all that list the user.
+fn memberships(
+    account: Option<&Account<'_>>,
+    primary: u32,
+    groups: &str,
+) -> std::result::Result<Vec<u32>, Refusal> {
+    let mut gids = vec![primary];
+    let mut seen = HashSet::from([primary]);
+    let Some(account) = account else {
+        return Ok(gids);
+    };
+    let all = groups.lines().filter_map(Group::parse);
+    for group in all.filter(|group| group.has(account.name)) {
+        if seen.insert(group.gid) {
+            if gids.len() >= GROUPS {
+                return Err((format!("it is in more than {GROUPS} groups"), false));
+            }
+            gids.push(group.gid);
+        }
+    }
+    Ok(gids)
+}
+
 /// `text` as an id; `None` if it is a name.
-fn id(text: &str) -> std::result::Result<Option<u32>, String> {
+fn id(text: &str) -> std::result::Result<Option<u32>, Refusal> {
     if !text.bytes().all(|c| c.is_ascii_digit()) {
         return Ok(None);
     }
     match text.parse() {
         Ok(id) if id <= MAX_ID => Ok(Some(id)),
-        _ => Err(format!("the id {text} is larger than {MAX_ID}")),
+        _ => {
+            let text: String = text.chars().take(20).collect();
+            Err((format!("the id {text} is larger than {MAX_ID}"), false))
+        }
     }
 }
 

@@ -81,22 +81,8 @@ pub(crate) fn resolve(
 pub(crate) fn open_regular(path: &Path) -> Result<(std::fs::File, u64)> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(fd) => std::fs::File::from(fd),
-        Err(rustix::io::Errno::NOENT) => {
-            let what = path
-                .file_name()
-                .unwrap_or(path.as_os_str())
-                .to_string_lossy()
-                .into_owned();
-            let place = path
-                .parent()
-                .filter(|parent| !parent.as_os_str().is_empty());
-            let place = place.unwrap_or(Path::new(".")).display().to_string();
-            return Err(Error::Missing { what, place });
-        }
-        Err(error) => return Err(error).context("open", path),
-    };
+    let file = rustix::fs::open(path, flags, Mode::empty()).context("open", path)?;
+    let file = std::fs::File::from(file);
     let meta = file.metadata().context("look at", path)?;
     if !meta.is_file() {
         return Err(Error::malformed(

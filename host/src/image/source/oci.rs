@@ -1,6 +1,6 @@
 //! The OCI image layout: `oci-layout`, `index.json`, `blobs/sha256/DIGEST`.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{
@@ -51,10 +51,12 @@ impl Files for Directory {
     fn open(&self, name: &str) -> Result<(Box<dyn Read + '_>, u64)> {
         match open_regular(&self.dir.join(name)) {
             Ok((file, size)) => Ok((Box::new(file), size)),
-            Err(Error::Missing { .. }) => Err(Error::Missing {
-                what: name.to_owned(),
-                place: self.place(),
-            }),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                Err(Error::Missing {
+                    what: name.to_owned(),
+                    place: self.place(),
+                })
+            }
             Err(error) => Err(error),
         }
     }
