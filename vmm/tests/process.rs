@@ -14,6 +14,8 @@
 mod kernel;
 #[path = "process/configure.rs"]
 mod configure;
+#[path = "process/disk.rs"]
+mod disk;
 #[path = "process/guest.rs"]
 mod guest;
 #[path = "process/vmm.rs"]

@@ -1,8 +1,9 @@
 //! A guest in a jailed process, from `Configure` to the end.
 
 use std::fs::{File, Permissions};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -138,6 +139,19 @@ fn built() -> Option<[File; 2]> {
     }
 }
 
+/// Connects to the guest's `port` and returns what the VMM says to it.
+fn connect(vmm: &Vmm, port: &str) -> Vec<u8> {
+    let mut stream = UnixStream::connect(vmm.sockets.path().join("listener")).unwrap();
+    let patience = Some(Duration::from_secs(30));
+    stream.set_read_timeout(patience).unwrap();
+    stream
+        .write_all(format!("CONNECT {port}\n").as_bytes())
+        .unwrap();
+    let mut answer = [0; 64];
+    let len = stream.read(&mut answer).unwrap();
+    answer[..len].to_vec()
+}
+
 #[test]
 fn the_real_guest_boots_pauses_goes_on_and_stops() {
     let _alone = alone();
@@ -159,14 +173,20 @@ fn the_real_guest_boots_pauses_goes_on_and_stops() {
     vmm.done(Call::Configure(given.configure), &fds(&given.files));
     vmm.done(Call::Start(Start::default()), &[]);
     // Its init calls us over vsock: kernel, drivers, agent and device work. A pause on the way must do no harm.
-    let end = Instant::now() + Duration::from_secs(90);
-    while door.accept().is_err() {
+    let end = Instant::now() + Duration::from_secs(180);
+    let call = loop {
+        if let Ok((call, _)) = door.accept() {
+            break call;
+        }
         let stats = stats(&mut vmm);
         assert!(Instant::now() < end, "it does not boot: {stats}");
         std::thread::sleep(Duration::from_millis(200));
         vmm.done(pause(), &[]);
         vmm.done(resume(), &[]);
-    }
+    };
+    assert_eq!(connect(&vmm, AGENT_PORT)[..3], *b"OK ");
+    assert_eq!(connect(&vmm, "4000"), b"", "nobody listens there");
+    drop(call);
     let stats = stats(&mut vmm);
     assert!(stats.exits["mmio_read"] > 0 && stats.guest_rss_kib > 4096);
     assert!(stats.rss_kib < 32 << 10, "{} KiB", stats.rss_kib);
