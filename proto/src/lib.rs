@@ -7,7 +7,8 @@
     clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
-    clippy::expect_used
+    clippy::expect_used,
+    clippy::panic
 )]
 
 mod vmm_generated {

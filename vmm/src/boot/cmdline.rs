@@ -9,6 +9,21 @@ use super::{BootError, layout};
 const NO_HARDWARE_KVM: &str = "syscall_by_fault mitigations=off noxsavec noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
      pcid,invpcid,erms,fsrm,rdtscp,rdpid,cx16,clflushopt,clwb,xsavec,xsaves,xsaveopt";
 
+/// What holds for every guest of this machine:
+/// - `reboot=k`: the keyboard controller's reset line is the only way out that a machine without ACPI has.
+/// - `noreplace-smp`: a guest of one processor would patch the lock prefixes out of its whole text.
+/// - `rootfstype=ramfs`: the root is the initrd, unpacked; a tmpfs in its place costs time and gives nothing.
+/// - `no_timer_check`: the interrupt controllers are KVM's and work; the kernel would wait ten ticks to see that.
+/// - `lapic_khz`: KVM clocks every local APIC with 1 GHz; the kernel would wait to measure it (a patched kernel's word,
+///   which others pass on to their init).
+const ALWAYS: &str = "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000";
+
+/// One serial port, so that the kernel does not probe for three more.
+const CONSOLE: &str = "8250.nr_uarts=1 console=ttyS0";
+
+/// Nobody reads the messages, and no port is there that the kernel should look for.
+const NO_CONSOLE: &str = "quiet loglevel=0";
+
 /// What the machine knows and the kernel must be told.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -27,8 +42,7 @@ pub struct Facts {
 /// # Errors
 /// It is too long or `extra` holds bytes other than printable ASCII.
 pub fn build(facts: &Facts, extra: &str) -> Result<String, BootError> {
-    // The keyboard controller's reset line is the only way out that a machine without ACPI has.
-    let mut line = String::from("reboot=k");
+    let mut line = String::from(ALWAYS);
     if let Some(khz) = facts.tsc_khz {
         // Writing to a String cannot fail.
         let _ = write!(line, " tsc_early_khz={khz}");
@@ -37,9 +51,8 @@ pub fn build(facts: &Facts, extra: &str) -> Result<String, BootError> {
         line.push(' ');
         line.push_str(NO_HARDWARE_KVM);
     }
-    if facts.console {
-        line.push_str(" 8250.nr_uarts=1 console=ttyS0");
-    }
+    line.push(' ');
+    line.push_str(if facts.console { CONSOLE } else { NO_CONSOLE });
     for (base, gsi) in &facts.devices {
         let _ = write!(line, " virtio_mmio.device=4K@{base:#x}:{gsi}");
     }
@@ -70,8 +83,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_without_anything_says_little() {
-        assert_eq!(build(&Facts::default(), "").unwrap(), "reboot=k");
+    fn a_machine_without_anything_says_what_always_holds() {
+        assert_eq!(
+            build(&Facts::default(), "").unwrap(),
+            "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 quiet loglevel=0"
+        );
     }
 
     #[test]
@@ -82,31 +98,62 @@ mod tests {
             tsc_khz: Some(2_400_000),
             console: true,
         };
-        let line = build(&facts, "quiet init=/agent").unwrap();
-        assert!(line.starts_with(
-            "reboot=k tsc_early_khz=2400000 noxsavec noxsaves noxsaveopt clearcpuid=smap,"
-        ));
+        let line = build(&facts, "debug init=/agent").unwrap();
+        let start = format!("{ALWAYS} tsc_early_khz=2400000 syscall_by_fault ");
+        assert!(line.starts_with(&start), "{line}");
         assert!(line.ends_with(
             ",xsaveopt 8250.nr_uarts=1 console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 \
-             virtio_mmio.device=4K@0xd0001000:6 quiet init=/agent"
+             virtio_mmio.device=4K@0xd0001000:6 debug init=/agent"
         ));
         assert!(!line.contains("  "), "two spaces in {line:?}");
     }
 
     #[test]
+    fn a_console_is_there_to_be_read() {
+        let line = |console| {
+            let facts = Facts {
+                console,
+                ..Facts::default()
+            };
+            build(&facts, "").unwrap()
+        };
+        assert!(!line(true).contains("quiet") && !line(true).contains("loglevel"));
+        assert!(!line(false).contains("8250") && !line(false).contains("console"));
+    }
+
+    #[test]
+    fn hardware_needs_none_of_the_words_for_the_emulator() {
+        let line = build(&Facts::default(), "").unwrap();
+        assert!(!line.contains("clearcpuid") && !line.contains("mitigations"));
+    }
+
+    #[test]
+    fn the_longest_machine_leaves_room_for_the_caller() {
+        let facts = Facts {
+            devices: (0..19).map(|i| (0xd000_0000 + i * 0x1000, 5)).collect(),
+            emulated: true,
+            tsc_khz: Some(u32::MAX),
+            console: true,
+        };
+        let extra = "x".repeat(512);
+        build(&facts, &extra).unwrap();
+    }
+
+    #[test]
     fn what_cannot_be_a_command_line_is_refused() {
+        let before = build(&Facts::default(), "").unwrap().len() + 1;
         for (extra, byte, at) in [
-            ("a\nb", b'\n', 10),
-            ("\0", 0, 9),
-            ("ü", 0xc3, 9),
-            ("\x7f", 0x7f, 9),
+            ("a\nb", b'\n', before + 1),
+            ("\0", 0, before),
+            ("ü", 0xc3, before),
+            ("\x7f", 0x7f, before),
         ] {
             match build(&Facts::default(), extra) {
                 Err(BootError::CmdlineByte { byte: b, at: a }) => assert_eq!((b, a), (byte, at)),
                 other => panic!("{extra:?}: {other:?}"),
             }
         }
-        let fits = "x".repeat(layout::CMDLINE_BYTES - 1 - "reboot=k ".len());
+        let fits = "x".repeat(layout::CMDLINE_BYTES - 1 - before);
         assert_eq!(build(&Facts::default(), &fits).unwrap().len(), 2047);
         assert!(matches!(
             build(&Facts::default(), &(fits + "x")),

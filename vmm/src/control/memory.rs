@@ -88,8 +88,8 @@ Rss:                  16 kB
 
     #[test]
     fn guest_memory_is_counted_apart() {
-        let guest = [0x7f00_0000_0000..0x7f00_0800_0000];
-        let got = add_up(SMAPS.as_bytes(), &guest).unwrap();
+        let guest = std::slice::from_ref(&(0x7f00_0000_0000..0x7f00_0800_0000));
+        let got = add_up(SMAPS.as_bytes(), guest).unwrap();
         assert_eq!((got.vmm_kib, got.guest_kib), (136, 20480));
         let got = add_up(SMAPS.as_bytes(), &[]).unwrap();
         assert_eq!((got.vmm_kib, got.guest_kib), (20616, 0));

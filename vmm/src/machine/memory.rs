@@ -66,7 +66,8 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
-    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || bytes % PAGE_BYTES != 0 {
+    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(PAGE_BYTES)
+    {
         return Err(MemoryError::Size { bytes });
     }
     let file_bytes = file.metadata().map_err(MemoryError::Stat)?.size();

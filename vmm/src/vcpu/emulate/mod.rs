@@ -212,7 +212,7 @@ impl Step<'_> {
         next: u64,
     ) -> Result<Completion, EmulateError> {
         let address = operand.address(&self.regs, &self.sregs, next);
-        if address % AREA_ALIGNMENT != 0 {
+        if !address.is_multiple_of(AREA_ALIGNMENT) {
             return Ok(Completion::Fault(Exception::protection()));
         }
         let requested = (self.regs.rdx << 32) | (self.regs.rax & 0xffff_ffff);

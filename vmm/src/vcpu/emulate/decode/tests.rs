@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::Operation::{Xrstor, Xsave};
 use super::*;
 
 /// Every register has a value of its own, so that a wrong one shows.
@@ -33,106 +34,152 @@ fn registers() -> (kvm_regs, kvm_sregs) {
 
 const RIP: u64 = 0xffff_ffff_8100_0000;
 
-#[track_caller]
-fn check(bytes: &[u8], operation: Operation, wide: bool, address: u64) {
-    let instruction = decode(bytes).unwrap();
-    assert_eq!(instruction.operation, operation);
-    assert_eq!(usize::from(instruction.length), bytes.len());
-    assert_eq!(instruction.wide, wide);
-    let (regs, sregs) = registers();
-    let next = RIP + bytes.len() as u64;
-    let at = instruction.operand.unwrap().address(&regs, &sregs, next);
-    assert_eq!(at, address, "{at:#x}");
-}
+type Case = (&'static str, &'static [u8], Operation, bool, u64);
 
-#[test]
-fn operands_of_every_kind() {
-    use Operation::{Xrstor, Xsave};
-    // xsave64 [rdi]
-    check(&[0x48, 0x0f, 0xae, 0x27], Xsave, true, 0x8000);
-    // xsave [rdi]
-    check(&[0x0f, 0xae, 0x27], Xsave, false, 0x8000);
-    // xrstor64 [rdi]
-    check(&[0x48, 0x0f, 0xae, 0x2f], Xrstor, true, 0x8000);
-    // xrstor [rdi]
-    check(&[0x0f, 0xae, 0x2f], Xrstor, false, 0x8000);
-    // xsaveopt64 [rdi]
-    check(&[0x48, 0x0f, 0xae, 0x37], Xsave, true, 0x8000);
-    // xsave64 [rbp+0x40]
-    check(&[0x48, 0x0f, 0xae, 0x65, 0x40], Xsave, true, 0x6040);
-    // xsave64 [rax-0x80]
-    check(&[0x48, 0x0f, 0xae, 0x60, 0x80], Xsave, true, 0xf80);
-    // xrstor64 [rdx+0x1340]
-    check(
+// The text, its bytes, what it is, whether it is wide, and the address of its operand.
+const OPERANDS: &[Case] = &[
+    (
+        "xsave64 [rdi]",
+        &[0x48, 0x0f, 0xae, 0x27],
+        Xsave,
+        true,
+        0x8000,
+    ),
+    ("xsave [rdi]", &[0x0f, 0xae, 0x27], Xsave, false, 0x8000),
+    (
+        "xrstor64 [rdi]",
+        &[0x48, 0x0f, 0xae, 0x2f],
+        Xrstor,
+        true,
+        0x8000,
+    ),
+    ("xrstor [rdi]", &[0x0f, 0xae, 0x2f], Xrstor, false, 0x8000),
+    (
+        "xsaveopt64 [rdi]",
+        &[0x48, 0x0f, 0xae, 0x37],
+        Xsave,
+        true,
+        0x8000,
+    ),
+    (
+        "xsave64 [rbp+0x40]",
+        &[0x48, 0x0f, 0xae, 0x65, 0x40],
+        Xsave,
+        true,
+        0x6040,
+    ),
+    (
+        "xsave64 [rax-0x80]",
+        &[0x48, 0x0f, 0xae, 0x60, 0x80],
+        Xsave,
+        true,
+        0xf80,
+    ),
+    (
+        "xrstor64 [rdx+0x1340]",
         &[0x48, 0x0f, 0xae, 0xaa, 0x40, 0x13, 0, 0],
         Xrstor,
         true,
         0x4340,
-    );
-    // xsave64 [r12]
-    check(&[0x49, 0x0f, 0xae, 0x24, 0x24], Xsave, true, 0xd000);
-    // xsave64 [r13]
-    check(&[0x49, 0x0f, 0xae, 0x65, 0x00], Xsave, true, 0xe000);
-    // xsave64 [rsp+0x10]
-    check(&[0x48, 0x0f, 0xae, 0x64, 0x24, 0x10], Xsave, true, 0x5010);
-    // xrstor64 [rbx+rcx*8-0x100]
-    check(
+    ),
+    (
+        "xsave64 [r12]",
+        &[0x49, 0x0f, 0xae, 0x24, 0x24],
+        Xsave,
+        true,
+        0xd000,
+    ),
+    (
+        "xsave64 [r13]",
+        &[0x49, 0x0f, 0xae, 0x65, 0x00],
+        Xsave,
+        true,
+        0xe000,
+    ),
+    (
+        "xsave64 [rsp+0x10]",
+        &[0x48, 0x0f, 0xae, 0x64, 0x24, 0x10],
+        Xsave,
+        true,
+        0x5010,
+    ),
+    (
+        "xrstor64 [rbx+rcx*8-0x100]",
         &[0x48, 0x0f, 0xae, 0xac, 0xcb, 0x00, 0xff, 0xff, 0xff],
         Xrstor,
         true,
         0x4000 + 0x10000 - 0x100,
-    );
-    // xrstor64 [r9+r12*2]
-    check(
+    ),
+    (
+        "xrstor64 [r9+r12*2]",
         &[0x4b, 0x0f, 0xae, 0x2c, 0x61],
         Xrstor,
         true,
         0xa000 + 0x1a000,
-    );
-    // xsave64 [r15*4+0x123]
-    check(
+    ),
+    (
+        "xsave64 [r15*4+0x123]",
         &[0x4a, 0x0f, 0xae, 0x24, 0xbd, 0x23, 0x01, 0, 0],
         Xsave,
         true,
         0x40123,
-    );
-    // xsave64 [0x12345678]
-    check(
+    ),
+    (
+        "xsave64 [0x12345678]",
         &[0x48, 0x0f, 0xae, 0x24, 0x25, 0x78, 0x56, 0x34, 0x12],
         Xsave,
         true,
         0x1234_5678,
-    );
-    // xrstor64 [rip+0x100]
-    check(
+    ),
+    (
+        "xrstor64 [rip+0x100]",
         &[0x48, 0x0f, 0xae, 0x2d, 0x00, 0x01, 0, 0],
         Xrstor,
         true,
         RIP + 8 + 0x100,
-    );
-    // xsave64 fs:[rdi]
-    check(
+    ),
+    (
+        "xsave64 fs:[rdi]",
         &[0x64, 0x48, 0x0f, 0xae, 0x27],
         Xsave,
         true,
         0x7f00_0000_8000,
-    );
-    // xrstor64 gs:[rcx]
-    check(
+    ),
+    (
+        "xrstor64 gs:[rcx]",
         &[0x65, 0x48, 0x0f, 0xae, 0x29],
         Xrstor,
         true,
         0xffff_8880_0000_2000,
-    );
-    // xsave [edi-0x9000], which wraps at 32 bits
-    check(
+    ),
+    (
+        "xsave [edi-0x9000], which wraps at 32 bits",
         &[0x67, 0x0f, 0xae, 0xa7, 0x00, 0x70, 0xff, 0xff],
         Xsave,
         false,
         0xffff_f000,
-    );
-    // A DS prefix and a REX that it makes void: xsave [rdi]
-    check(&[0x49, 0x3e, 0x0f, 0xae, 0x27], Xsave, false, 0x8000);
+    ),
+    (
+        "A DS prefix and a REX that it makes void: xsave [rdi]",
+        &[0x49, 0x3e, 0x0f, 0xae, 0x27],
+        Xsave,
+        false,
+        0x8000,
+    ),
+];
+
+#[test]
+fn operands_of_every_kind() {
+    for &(text, bytes, operation, wide, address) in OPERANDS {
+        let instruction = decode(bytes).unwrap();
+        assert_eq!(instruction.operation, operation, "{text}");
+        assert_eq!(usize::from(instruction.length), bytes.len(), "{text}");
+        assert_eq!(instruction.wide, wide, "{text}");
+        let (regs, sregs) = registers();
+        let next = RIP + bytes.len() as u64;
+        let at = instruction.operand.unwrap().address(&regs, &sregs, next);
+        assert_eq!(at, address, "{text}: {at:#x}");
+    }
 }
 
 #[test]
