@@ -1,5 +1,8 @@
 //! The entropy device (virtio 1.2, section 5.4): the smallest complete device, and the one to read first.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
