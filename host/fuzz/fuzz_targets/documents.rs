@@ -44,7 +44,10 @@ fn layout(dir: &Path, number: u8, hostile: &[u8]) {
         }),
     );
     let config = blob(dir, "config.v1+json", &config);
-    let manifest = document(2, json!({ "schemaVersion": 2, "config": config, "layers": none }));
+    let manifest = document(
+        2,
+        json!({ "schemaVersion": 2, "config": config, "layers": none }),
+    );
     let manifest = blob(dir, "manifest.v1+json", &manifest);
     let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
     let nested = document(3, index.clone());
@@ -58,7 +61,8 @@ fn layout(dir: &Path, number: u8, hostile: &[u8]) {
 // An archive as docker saves it, with a hostile manifest or configuration.
 fn docker_archive(file: &Path, hostile: &[u8], hostile_manifest: bool) {
     let right = br#"[{"Config":"config.json","RepoTags":["x:y"],"Layers":[]}]"#;
-    let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+    let config =
+        br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
     let (manifest, config) = match hostile_manifest {
         true => (hostile, &config[..]),
         false => (&right[..], hostile),
@@ -115,6 +119,15 @@ fuzz_target!(|data: &[u8]| {
         .map(|entry| entry.unwrap().file_name())
         .collect();
     names.sort();
-    assert_eq!(names, ["image", "rootfs", "store"], "something was made outside");
-    assert_eq!(std::fs::read_dir(place.path().join("store/tmp")).unwrap().count(), 0);
+    assert_eq!(
+        names,
+        ["image", "rootfs", "store"],
+        "something was made outside"
+    );
+    assert_eq!(
+        std::fs::read_dir(place.path().join("store/tmp"))
+            .unwrap()
+            .count(),
+        0
+    );
 });

@@ -12,8 +12,22 @@ use libfuzzer_sys::fuzz_target;
 
 // OUTSIDE stands for the absolute path of what must not be touched.
 const NAMES: [&str; 16] = [
-    "a", "b", "d", "d/a", "d/b/c", "a/b", "l", "l/x", "../x", "d/../a", "./", "..", ".wh.a",
-    "d/.wh..wh..opq", "d/.wh.b", "OUTSIDE",
+    "a",
+    "b",
+    "d",
+    "d/a",
+    "d/b/c",
+    "a/b",
+    "l",
+    "l/x",
+    "../x",
+    "d/../a",
+    "./",
+    "..",
+    ".wh.a",
+    "d/.wh..wh..opq",
+    "d/.wh.b",
+    "OUTSIDE",
 ];
 const KINDS: &[u8] = b"0123456gx5052LK7";
 const MAX_ENTRIES: usize = 32;
@@ -97,7 +111,14 @@ fn entry(input: &mut Input<'_>, outside: &str) -> Vec<u8> {
     let content = match input.byte() {
         // Records of a pax header whose lengths are right.
         form @ 128..192 => {
-            let key = ["path", "linkpath", "size", "mtime", "uid", "SCHILY.xattr.user.x"];
+            let key = [
+                "path",
+                "linkpath",
+                "size",
+                "mtime",
+                "uid",
+                "SCHILY.xattr.user.x",
+            ];
             let key = key[usize::from(form) % key.len()];
             let value = match form % 2 {
                 0 => self::name(input, outside),
@@ -177,7 +198,15 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(names(place.path()), ["fs", "outside", "trash"]);
     assert_eq!(names(&outside), ["secret"]);
     let after = std::fs::metadata(&secret).unwrap();
-    let told = |meta: &std::fs::Metadata| (meta.ino(), meta.nlink(), meta.mode(), meta.uid(), meta.mtime());
+    let told = |meta: &std::fs::Metadata| {
+        (
+            meta.ino(),
+            meta.nlink(),
+            meta.mode(),
+            meta.uid(),
+            meta.mtime(),
+        )
+    };
     assert_eq!(told(&before), told(&after), "what is outside was changed");
     assert_eq!(std::fs::read(&secret).unwrap(), b"untouched");
 });

@@ -22,7 +22,9 @@ fuzz_target!(|data: &[u8]| {
     match choice % 4 {
         1 => match ImageRef::parse(text) {
             // What is printed means the same again.
-            Ok(reference) => assert_eq!(ImageRef::parse(&reference.to_string()).unwrap(), reference),
+            Ok(reference) => {
+                assert_eq!(ImageRef::parse(&reference.to_string()).unwrap(), reference)
+            }
             Err(error) => assert!(!error.chain().contains('\n')),
         },
         2 => {
