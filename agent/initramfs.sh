@@ -20,21 +20,23 @@ if readelf -d "$agent" | grep -q NEEDED; then
     exit 1
 fi
 
+zeros() { # COUNT
+    head -c "$1" /dev/zero
+}
+
 pad() { # to a multiple of 4 bytes, from a length
-    count=$(((4 - $1 % 4) % 4))
-    while [ "$count" -gt 0 ]; do
-        printf '\0'
-        count=$((count - 1))
-    done
+    zeros $(((4 - $1 % 4) % 4))
 }
 
 # The fields, by Documentation/driver-api/early-userspace/buffer-format.rst in Linux: magic, inode, mode, uid, gid, links,
 # time, size, the device it is on (major, minor), the device it is (major, minor), length of the name with its NUL, checksum.
-header() { # NAME MODE SIZE MAJOR MINOR
+header() { # NAME MODE SIZE MAJOR MINOR [NULS after the name, 1 if not given]
     inode=$((inode + 1))
-    printf '070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%s\0' \
-        "$inode" "$((0$2))" 0 0 1 0 "$3" 0 0 "$4" "$5" "$((${#1} + 1))" 0 "$1"
-    pad "$((110 + ${#1} + 1))"
+    nuls=${6:-1}
+    printf '070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%s' \
+        "$inode" "$((0$2))" 0 0 1 0 "$3" 0 0 "$4" "$5" "$((${#1} + nuls))" 0 "$1"
+    zeros "$nuls"
+    pad "$((110 + ${#1} + nuls))"
 }
 
 directory() { header "$1" 40755 0 0 0; }
@@ -47,10 +49,15 @@ mkdir -p "$(dirname "$output")"
     done
     header dev/console 20600 0 5 1
     header dev/null 20666 0 1 3
+} >"$temporary"
+{
+    # The agent's content begins at a page's start: there the guest kernel takes the archive's pages as the file's, instead
+    # of copying millions of bytes (guest-kernel/README.md). The NULs after the name make up the distance.
     size=$(wc -c <"$agent")
-    header init 100755 "$size" 0 0
+    before=$(($(wc -c <"$temporary") + 110 + 4))
+    header init 100755 "$size" 0 0 $((4096 - before % 4096))
     cat "$agent"
     pad "$size"
     header 'TRAILER!!!' 0 0 0 0
-} >"$temporary"
+} >>"$temporary"
 mv "$temporary" "$output"
