@@ -6,7 +6,7 @@ use super::{BootError, layout};
 
 /// What a guest kernel must leave alone where KVM runs its kernel mode in an instruction emulator: that guest
 /// sees the real processor's CPUID whatever KVM was told, but the emulator knows only the older instructions.
-const NO_HARDWARE_KVM: &str = "syscall_by_fault mitigations=off noxsavec noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
+const NO_HARDWARE_KVM: &str = "syscall_by_fault mitigations=off noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
      pcid,invpcid,erms,fsrm,rdtscp,rdpid,cx16,clflushopt,clwb,xsavec,xsaves,xsaveopt";
 
 /// What holds for every guest of this machine:

@@ -8,6 +8,7 @@ use kvm_ioctls::{Cap, Kvm};
 const FEATURES: u32 = 1;
 const CACHES: u32 = 4;
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+const KVM_FEATURES: u32 = 0x4000_0001;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
@@ -16,6 +17,9 @@ const XSAVE: u32 = 1 << 26;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const HYPER_THREADING: u32 = 1 << 28;
+
+/// The clock, at its two addresses, and that it is stable (KVM_FEATURE_* of asm/kvm_para.h, bits 0, 3 and 24 of EAX).
+const KVM_CLOCK: u32 = 1 | (1 << 3) | (1 << 24);
 
 /// Topology leaves: what a level is made of.
 const LEVEL_THREADS: u32 = 1 << 8;
@@ -53,11 +57,15 @@ impl HostCpuid {
 
     /// For vCPU `index` of `count`, whose APIC id is its index: one package, one thread a core.
     pub fn for_vcpu(&self, index: u32, count: u32) -> CpuId {
+        let emulated = self.emulated();
         let mut cpuid = self.entries.clone();
         let place = Place { index, count };
         for entry in cpuid.as_mut_slice() {
             match entry.function {
                 FEATURES => self.features(entry, place),
+                // The other paravirtual features end in a hypercall, which such a KVM never returns from, or in work
+                // that an emulated kernel had better not do.
+                KVM_FEATURES if emulated => entry.eax &= KVM_CLOCK,
                 CACHES if entry.eax & 0x1f != 0 => place.caches(entry),
                 leaf if TOPOLOGY.contains(&leaf) => place.topology(entry),
                 AMD_SIZES => {
