@@ -159,89 +159,72 @@ fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     })
 }
 
-// Registers: r0 what a rule has denied, r1 context, r2 type, r3 the accesses still to be decided, r4 major, r5 minor,
-// r6 and r7 scratch.
+// Registers: r0 result and scratch, r1 context, r2 type, r3 the accesses still to be decided, r4 major, r5 minor.
 
-/// From the last rule to the first: each decides those accesses of the request that none after it has decided. The
-/// request is allowed if nothing was denied and nothing is left.
-///
-/// The program has no jump. The kernel's verifier walks every path of a program, and where KVM has no hardware each of
-/// its steps costs microseconds: with jumps, loading a common list of rules took seconds there.
+/// From the last rule to the first: each decides those accesses of the request that none after it has decided. A
+/// denied one denies the request; the request is allowed once none is left.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
         load_word(2, 0),
         // access_type: the type in the low half, the access in the high half.
-        instruction(MOVE_REGISTER, 3, 2, 0, 0),
-        instruction(AND, 2, 0, 0, 0xffff),
-        instruction(SHIFT_RIGHT, 3, 0, 0, 16),
+        instruction(ALU32_MOV_REGISTER, 3, 2, 0, 0),
+        instruction(ALU32_AND, 2, 0, 0, 0xffff),
+        instruction(ALU32_SHIFT_RIGHT, 3, 0, 0, 16),
         load_word(4, 4),
         load_word(5, 8),
-        move_immediate(0, 0),
     ];
     for rule in rules.iter().rev() {
         compile_rule(rule, &mut program);
     }
-    program.extend([
-        // 1 if neither holds a bit, 0 otherwise: the sign of x | -x tells whether x is anything.
-        instruction(OR_REGISTER, 0, 3, 0, 0),
-        instruction(MOVE_REGISTER, 6, 0, 0, 0),
-        instruction(NEGATE, 6, 0, 0, 0),
-        instruction(OR_REGISTER, 0, 6, 0, 0),
-        instruction(SHIFT_RIGHT, 0, 0, 0, 31),
-        instruction(XOR, 0, 0, 0, 1),
-        exit(),
-    ]);
+    program.push(move_immediate(0, 0));
+    program.push(exit());
     program
 }
 
 fn compile_rule(rule: &Rule, program: &mut Vec<Instruction>) {
-    let access = rule.access as i32;
-    // r6: bits in which the request differs from what the rule matches.
-    program.push(move_immediate(6, 0));
-    let conditions = [(2, rule.kind), (4, rule.major), (5, rule.minor)];
-    for (register, value) in conditions {
-        if let Some(value) = value {
-            program.extend([
-                instruction(MOVE_REGISTER, 7, register, 0, 0),
-                instruction(XOR, 7, 0, 0, value as i32),
-                instruction(OR_REGISTER, 6, 7, 0, 0),
-            ]);
-        }
-    }
-    program.extend([
-        // All ones if it differs at all, none if the rule matches.
-        instruction(MOVE_REGISTER, 7, 6, 0, 0),
-        instruction(NEGATE, 7, 0, 0, 0),
-        instruction(OR_REGISTER, 6, 7, 0, 0),
-        instruction(SHIFT_RIGHT_SIGNED, 6, 0, 0, 31),
-    ]);
-    if rule.allow {
-        program.extend([
-            instruction(OR, 6, 0, 0, !access),
-            instruction(AND_REGISTER, 3, 6, 0, 0),
-        ]);
+    let body = if rule.allow {
+        vec![
+            instruction(ALU32_AND, 3, 0, 0, !rule.access as i32),
+            instruction(JUMP32_NOT_EQUAL, 3, 0, 2, 0),
+            move_immediate(0, 1),
+            exit(),
+        ]
     } else {
-        program.extend([
-            instruction(XOR, 6, 0, 0, -1),
-            instruction(AND, 6, 0, 0, access),
-            instruction(AND_REGISTER, 6, 3, 0, 0),
-            instruction(OR_REGISTER, 0, 6, 0, 0),
-        ]);
+        vec![
+            instruction(ALU32_MOV_REGISTER, 0, 3, 0, 0),
+            instruction(ALU32_AND, 0, 0, 0, rule.access as i32),
+            instruction(JUMP32_EQUAL, 0, 0, 2, 0),
+            move_immediate(0, 0),
+            exit(),
+        ]
+    };
+    let conditions: Vec<(u8, u32)> = [(2, rule.kind), (4, rule.major), (5, rule.minor)]
+        .into_iter()
+        .filter_map(|(register, value)| value.map(|value| (register, value)))
+        .collect();
+    // A condition that fails jumps behind the body: over the conditions left (at most 2) and the body (at most 5).
+    let mut left = conditions.len();
+    for (register, value) in conditions {
+        left = left.saturating_sub(1);
+        let skip = i16::try_from(left.saturating_add(body.len())).unwrap_or(i16::MAX);
+        program.push(instruction(
+            JUMP32_NOT_EQUAL,
+            register,
+            0,
+            skip,
+            value as i32,
+        ));
     }
+    program.extend(body);
 }
 
-// Operations on 32 bits, of BPF_ALU: BPF_K takes the immediate, BPF_X the second register.
 const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
-const MOVE: u8 = 0xb4; // BPF_MOV | BPF_K
-const MOVE_REGISTER: u8 = 0xbc; // BPF_MOV | BPF_X
-const AND: u8 = 0x54; // BPF_AND | BPF_K
-const AND_REGISTER: u8 = 0x5c; // BPF_AND | BPF_X
-const OR: u8 = 0x44; // BPF_OR | BPF_K
-const OR_REGISTER: u8 = 0x4c; // BPF_OR | BPF_X
-const XOR: u8 = 0xa4; // BPF_XOR | BPF_K
-const NEGATE: u8 = 0x84; // BPF_NEG
-const SHIFT_RIGHT: u8 = 0x74; // BPF_RSH | BPF_K
-const SHIFT_RIGHT_SIGNED: u8 = 0xc4; // BPF_ARSH | BPF_K
+const ALU32_MOV_REGISTER: u8 = 0xbc; // BPF_ALU | BPF_MOV | BPF_X
+const ALU32_AND: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K
+const ALU32_SHIFT_RIGHT: u8 = 0x74; // BPF_ALU | BPF_RSH | BPF_K
+const ALU64_MOV: u8 = 0xb7; // BPF_ALU64 | BPF_MOV | BPF_K
+const JUMP32_EQUAL: u8 = 0x16; // BPF_JMP32 | BPF_JEQ | BPF_K
+const JUMP32_NOT_EQUAL: u8 = 0x56; // BPF_JMP32 | BPF_JNE | BPF_K
 const EXIT: u8 = 0x95; // BPF_JMP | BPF_EXIT
 
 fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
@@ -259,7 +242,7 @@ fn load_word(register: u8, offset: i16) -> Instruction {
 }
 
 fn move_immediate(register: u8, value: i32) -> Instruction {
-    instruction(MOVE, register, 0, 0, value)
+    instruction(ALU64_MOV, register, 0, 0, value)
 }
 
 fn exit() -> Instruction {

@@ -9,27 +9,30 @@ fn interpret(
     minor: u32,
 ) -> Option<u64> {
     let context = [access << 16 | kind, major, minor];
-    let mut registers = [0u32; 11];
-    for i in program {
+    let mut registers = [0u64; 11];
+    let mut pc = 0usize;
+    // Jumps only go forward, so it ends.
+    loop {
+        let i = program.get(pc)?;
+        pc += 1;
         let (to, from) = ((i.registers & 15) as usize, (i.registers >> 4) as usize);
-        let (old, other, immediate) = (registers[to], registers[from], i.immediate as u32);
-        registers[to] = match i.code {
-            LOAD_WORD => *context.get(i.offset as usize / 4)?,
-            MOVE => immediate,
-            MOVE_REGISTER => other,
-            AND => old & immediate,
-            AND_REGISTER => old & other,
-            OR => old | immediate,
-            OR_REGISTER => old | other,
-            XOR => old ^ immediate,
-            NEGATE => old.wrapping_neg(),
-            SHIFT_RIGHT => old >> immediate,
-            SHIFT_RIGHT_SIGNED => (old as i32 >> immediate) as u32,
-            EXIT => return Some(registers[0].into()),
-            _ => return None,
+        let mut jump = |taken: bool| {
+            if taken {
+                pc = (pc as i64 + i64::from(i.offset)) as usize;
+            }
         };
+        match i.code {
+            LOAD_WORD => registers[to] = u64::from(*context.get(i.offset as usize / 4)?),
+            ALU32_MOV_REGISTER => registers[to] = registers[from] & 0xffff_ffff,
+            ALU32_AND => registers[to] = u64::from(registers[to] as u32 & i.immediate as u32),
+            ALU32_SHIFT_RIGHT => registers[to] = u64::from(registers[to] as u32 >> i.immediate),
+            ALU64_MOV => registers[to] = i.immediate as i64 as u64,
+            JUMP32_EQUAL => jump(registers[to] as u32 == i.immediate as u32),
+            JUMP32_NOT_EQUAL => jump(registers[to] as u32 != i.immediate as u32),
+            EXIT => return Some(registers[0]),
+            _ => return None,
+        }
     }
-    None
 }
 
 fn filter(json: &str) -> DeviceFilter {
