@@ -81,13 +81,16 @@ impl DeviceFilter {
         {
             return Ok(Self { program: None });
         }
-        parsed.extend(ALWAYS.iter().map(|(kind, major, minor, access)| Rule {
-            kind: Some(*kind),
-            major: *major,
-            minor: *minor,
-            access: *access,
+        let always = ALWAYS.map(|(kind, major, minor, access)| Rule {
+            kind: Some(kind),
+            major,
+            minor,
+            access,
             allow: true,
-        }));
+        });
+        // Said again at the end, an earlier rule decides nothing; and the kernel's verifier takes its time over each.
+        parsed.retain(|rule| !always.contains(rule));
+        parsed.extend(always);
         // Nothing before the last rule about everything can count.
         let first = parsed
             .iter()

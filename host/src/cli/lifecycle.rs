@@ -7,6 +7,7 @@ use rustix::process::Signal;
 use super::{Context, Error};
 use crate::container::{self, Record};
 use crate::error::ErrorKind;
+use crate::image::Store;
 use crate::sandbox::Sandbox;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::gc;
@@ -107,6 +108,9 @@ pub async fn rm(context: &Context, args: RmArgs) -> Result<u8, Error> {
 pub fn gc(context: &Context) -> Result<u8, Error> {
     for line in gc::collect(&context.paths)? {
         println!("{line}");
+    }
+    for path in Store::open(&context.paths.lib_dir)?.gc()? {
+        println!("unfinished layer {}", path.display());
     }
     Ok(0)
 }

@@ -148,7 +148,7 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     }
     let exit = outcome?;
     let status = u8::try_from(exit.exit_status).unwrap_or(super::EXIT_FAILURE);
-    sandbox.stop().await?;
+    sandbox.discard().await?;
     cleanup.keep_record = args.detach;
     cleanup.finish()?;
     Ok(status)
@@ -205,7 +205,10 @@ impl Container<'_> {
         };
         self.record.write(&state)?;
         let exit = ended?;
-        self.sandbox.delete(self.id, "").await?;
+        // A sandbox of its own goes with the container.
+        if !self.sandbox.is_owned() {
+            self.sandbox.delete(self.id, "").await?;
+        }
         Ok(exit)
     }
 

@@ -234,6 +234,25 @@ impl Sandbox {
         drop(owned);
         self.dir.remove()
     }
+
+    /// Ends an owned sandbox in which nothing runs any more: what its processes wrote to files is on the host when they
+    /// have ended, so the machine is just stopped. An attached one is only left.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub async fn discard(mut self) -> Result<(), Error> {
+        let Some(owned) = self.owned.take() else {
+            return Ok(());
+        };
+        owned.vm.stop().await?;
+        drop(owned);
+        self.dir.remove()
+    }
+
+    /// Whether this process booted it, and ends it.
+    pub fn is_owned(&self) -> bool {
+        self.owned.is_some()
+    }
 }
 
 impl Drop for Sandbox {

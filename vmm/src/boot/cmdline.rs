@@ -6,7 +6,10 @@ use super::{BootError, layout};
 
 /// What a guest kernel must leave alone where KVM runs its kernel mode in an instruction emulator: that guest
 /// sees the real processor's CPUID whatever KVM was told, but the emulator knows only the older instructions.
-const NO_HARDWARE_KVM: &str = "syscall_by_fault mitigations=off noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
+///
+/// BPF programs are interpreted there: translating one (a container's system call filter, its device filter) costs that
+/// guest seconds, and running it a few times a second next to nothing.
+const NO_HARDWARE_KVM: &str = "syscall_by_fault sysctl.net.core.bpf_jit_enable=0 mitigations=off noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
      pcid,invpcid,erms,fsrm,rdtscp,rdpid,cx16,clflushopt,clwb,xsavec,xsaves,xsaveopt";
 
 /// What holds for every guest of this machine:
