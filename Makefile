@@ -61,7 +61,7 @@ test: deps-test build ## Every test that this machine can run; says which it cou
 lint: ## Formatting, lints, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --offline check licenses bans sources; \
 	else echo 'SKIPPED: cargo deny (cargo install cargo-deny)'; fi
 
 fuzz: ## Every fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)

@@ -86,7 +86,7 @@ fn two_containers_in_a_pod_of_two_cpus() {
     assert_eq!(of_other[5], "pod");
 
     // Both CPUs compute at once, with vector state that must survive each other.
-    let spin = "a=$(head -c 2000000 /dev/zero | sha256sum); b=$(head -c 2000000 /dev/zero | sha256sum); [ \"$a\" = \"$b\" ]";
+    let spin = "a=$(head -c 100000 /dev/zero | sha256sum); b=$(head -c 100000 /dev/zero | sha256sum); [ \"$a\" = \"$b\" ]";
     pod.sh(&format!("({spin}) & p=$!; ({spin}) && wait $p"));
 
     // An id in use.
