@@ -10,7 +10,7 @@ mkdir -p target/bench
 # The command line is the VMM's, but for what the platform needs: the waits for real time are told instead of measured.
 instructions() {
     local console=target/bench/console
-    timeout 120 qemu-system-x86_64 -M microvm,acpi=off,x-option-roms=off -accel tcg,tb-size=64 -cpu max -m 128 -smp 1 \
+    timeout 120 qemu-system-x86_64 -M microvm,acpi=off,x-option-roms=off -accel tcg,tb-size=64 -cpu max,-erms,-fsrm -m 128 -smp 1 \
         -icount shift=0,sleep=off -rtc base=2026-01-01,clock=vm -seed 1 \
         -display none -nodefaults -no-user-config -no-reboot -serial "file:$console" \
         -kernel target/guest/vmlinux -initrd target/guest/initrd.cpio \
