@@ -10,6 +10,7 @@ use oci_spec::runtime::Spec;
 use crate::error::ErrorKind;
 use crate::paths::{Paths, check_id, is_valid_id};
 use crate::sandbox::Error;
+use crate::sandbox::dir::remove_files;
 use crate::sandbox::state::{self, ContainerState};
 
 /// One container's record.
@@ -119,12 +120,7 @@ impl Record {
     /// # Errors
     /// Something could not be removed.
     pub fn remove(self) -> Result<(), Error> {
-        match fs::remove_dir_all(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Error::host(format!("removing {}", self.path.display()), e))
-            }
-            _ => Ok(()),
-        }
+        remove_files(&self.path)
     }
 }
 

@@ -175,12 +175,7 @@ impl SandboxDir {
         unmount_below(&self.path)?;
         unmount_below(&self.scratch)?;
         for dir in [&self.scratch, &self.path] {
-            match fs::remove_dir_all(dir) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::host(format!("removing {}", dir.display()), e));
-                }
-                _ => {}
-            }
+            remove_files(dir)?;
         }
         Ok(())
     }
@@ -192,12 +187,7 @@ impl SandboxDir {
     pub fn remove_container_files(&self, id: &str) -> Result<(), Error> {
         for dir in [self.container_share(id), self.container_scratch(id)] {
             unmount_below(&dir)?;
-            match fs::remove_dir_all(&dir) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::host(format!("removing {}", dir.display()), e));
-                }
-                _ => {}
-            }
+            remove_files(&dir)?;
         }
         Ok(())
     }
@@ -255,6 +245,19 @@ pub fn list(paths: &Paths) -> Result<Vec<SandboxDir>, Error> {
         .collect();
     ids.sort();
     ids.iter().map(|id| SandboxDir::new(paths, id)).collect()
+}
+
+/// Removes a directory with everything in it, if it is there.
+///
+/// # Errors
+/// Something could not be removed.
+pub(crate) fn remove_files(dir: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Error::host(format!("removing {}", dir.display()), e))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Unmounts everything mounted at or below `path`, the last mounted first.

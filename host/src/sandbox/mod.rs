@@ -214,8 +214,8 @@ impl Sandbox {
     ///
     /// # Errors
     /// Something could not be removed.
-    pub async fn stop(mut self) -> Result<(), Error> {
-        let Some(owned) = self.owned.take() else {
+    pub async fn stop(self) -> Result<(), Error> {
+        let Some(owned) = &self.owned else {
             return Ok(());
         };
         let request = Default::default();
@@ -230,9 +230,7 @@ impl Sandbox {
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, asked).await.is_err() {
             tracing::debug!("sandbox {} did not power off by itself", self.dir.id());
         }
-        owned.vm.stop().await?;
-        drop(owned);
-        self.dir.remove()
+        self.discard().await
     }
 
     /// Ends an owned sandbox in which nothing runs any more: what its processes wrote to files is on the host when they
