@@ -12,6 +12,7 @@
 //! first command. [`Machine::start`] lets them run.
 
 pub mod bus;
+pub mod companion;
 pub mod devices;
 pub mod memory;
 pub mod worker;
@@ -117,6 +118,7 @@ struct Image {
 }
 
 /// How the machine ended, and who is told.
+#[derive(Debug)]
 struct Ending {
     reason: Mutex<Option<StopReason>>,
     stopped: EventFd,
