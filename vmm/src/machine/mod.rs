@@ -260,6 +260,7 @@ impl Machine {
             initrd: image.initrd,
             cmdline: &line,
             vcpus: self.count,
+            seed: seed()?,
         };
         let entry = boot::load(&self.memory.memory(), image)?;
         if let Some(first) = vcpus.first() {
@@ -413,4 +414,12 @@ fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
 
 fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { action, source }
+}
+
+/// Fresh randomness for the guest.
+fn seed() -> Result<[u8; layout::SEED_BYTES], MachineError> {
+    let mut seed = [0; layout::SEED_BYTES];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| host("drawing the guest's random seed")(errno.into()))?;
+    Ok(seed)
 }
