@@ -11,13 +11,13 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Rng, Stats, Vsock, device};
+use cella_proto::vmm::{Configure, Device, Fs, Net, Rng, Stats, Vsock, device};
 use cella_proto::vmm::{Start, reply, request};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
-use super::{Ended, Error, Hypervisor, Vm, VmSpec};
+use super::{Ended, Error, Hypervisor, Nic, Vm, VmSpec};
 
 /// The guest's vsock address. Every guest has the same: no two share a host socket.
 const GUEST_CID: u64 = 3;
@@ -53,7 +53,7 @@ impl Hypervisor for Kvm {
         vm.channel
             .call(
                 request::Call::Configure(configure),
-                &files.descriptors(console.as_ref()),
+                &files.descriptors(console.as_ref(), &spec.nics),
             )
             .await?;
         vm.channel
@@ -150,7 +150,11 @@ impl Files {
     }
 
     /// In the order of the indexes that [`configure`] gives.
-    fn descriptors<'a>(&'a self, console: Option<&'a File>) -> Vec<BorrowedFd<'a>> {
+    fn descriptors<'a>(
+        &'a self,
+        console: Option<&'a File>,
+        nics: &'a [Nic],
+    ) -> Vec<BorrowedFd<'a>> {
         let mut fds = vec![
             self.kvm.as_fd(),
             self.memory.as_fd(),
@@ -159,6 +163,7 @@ impl Files {
             self.listener.as_fd(),
         ];
         fds.extend(console.map(AsFd::as_fd));
+        fds.extend(nics.iter().map(|nic| nic.tap.as_fd()));
         fds
     }
 }
@@ -212,6 +217,16 @@ fn configure(spec: &VmSpec) -> Configure {
         device: Some(device),
         ..Default::default()
     };
+    let console_fd = spec.console.as_ref().map(|_| 5);
+    let first_nic = 5 + u32::from(console_fd.is_some());
+    let nics = (first_nic..).zip(&spec.nics).map(|(tap_fd, nic)| {
+        device(device::Device::Net(Net {
+            tap_fd,
+            mac: nic.mac.to_vec(),
+            mtu: nic.mtu.into(),
+            ..Default::default()
+        }))
+    });
     Configure {
         kvm_fd: 0,
         memory_fd: 1,
@@ -220,7 +235,7 @@ fn configure(spec: &VmSpec) -> Configure {
         kernel_fd: 2,
         initrd_fd: Some(3),
         cmdline: spec.cmdline.clone(),
-        devices: vec![
+        devices: [
             device(device::Device::Vsock(Vsock {
                 guest_cid: GUEST_CID,
                 listener_fd: 4,
@@ -231,8 +246,11 @@ fn configure(spec: &VmSpec) -> Configure {
                 ..Default::default()
             })),
             device(device::Device::Rng(Rng::default())),
-        ],
-        console_fd: spec.console.as_ref().map(|_| 5),
+        ]
+        .into_iter()
+        .chain(nics)
+        .collect(),
+        console_fd,
         ..Default::default()
     }
 }

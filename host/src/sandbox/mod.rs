@@ -304,6 +304,7 @@ fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec) -> VmSpec {
         sockets: dir.sockets(),
         vsock: dir.vsock(),
         console: spec.console,
+        nics: Vec::new(),
     }
 }
 
