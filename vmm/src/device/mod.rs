@@ -7,6 +7,7 @@
 
 pub mod block;
 pub mod fs;
+pub mod net;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -41,6 +41,8 @@ pub enum ThreadKind {
     Vcpu,
     /// One for each block device: reads, writes and flushes of its file.
     Block,
+    /// One for each network device: frames between guest memory and its tap.
+    Net,
     /// The file server: acts as the guest's users inside the shared directory.
     Fs,
 }
@@ -95,7 +97,7 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
     Ok(Entered { landlock, smaps })
 }
 
-/// Closes the jail around the calling thread, for good. Each thread of kind `Vcpu`, `Block` and `Fs` calls it before
+/// Closes the jail around the calling thread, for good. Each thread of kind `Vcpu`, `Block`, `Net` and `Fs` calls it before
 /// anything else; `main` calls it when every other thread has been created, before the first `KVM_RUN`.
 ///
 /// # Errors
@@ -103,7 +105,7 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
 pub fn confine(kind: ThreadKind) -> Result<(), JailError> {
     match kind {
         ThreadKind::Fs => identity::become_file_server()?,
-        ThreadKind::Main | ThreadKind::Vcpu | ThreadKind::Block => {
+        ThreadKind::Main | ThreadKind::Vcpu | ThreadKind::Block | ThreadKind::Net => {
             identity::drop_capabilities()?;
             landlock::restrict_thread(kind)?;
         }

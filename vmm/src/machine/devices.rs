@@ -10,6 +10,7 @@ use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
+use crate::device::net::Net;
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
@@ -42,6 +43,15 @@ pub enum DeviceSpec {
     },
     /// virtio-rng.
     Rng,
+    /// virtio-net.
+    Net {
+        /// The tap, opened as `vmm.proto` says.
+        tap: File,
+        /// The guest's hardware address.
+        mac: [u8; 6],
+        /// At least 68.
+        mtu: u16,
+    },
 }
 
 /// Why a device could not be made or connected.
@@ -172,6 +182,13 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             name: "rng",
             device: Box::new(Rng::new()),
             thread: None,
+        },
+        // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
+        // that reads what strangers send has the smallest filter.
+        DeviceSpec::Net { tap, mac, mtu } => Made {
+            name: "net",
+            device: Box::new(Net::new(tap, mac, mtu)),
+            thread: Some(ThreadKind::Net),
         },
         DeviceSpec::Vsock {
             guest_cid,

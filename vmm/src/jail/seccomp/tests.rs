@@ -3,10 +3,11 @@ use std::fmt::Write;
 
 use super::*;
 
-const KINDS: [ThreadKind; 4] = [
+const KINDS: [ThreadKind; 5] = [
     ThreadKind::Main,
     ThreadKind::Vcpu,
     ThreadKind::Block,
+    ThreadKind::Net,
     ThreadKind::Fs,
 ];
 
