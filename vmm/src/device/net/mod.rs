@@ -103,20 +103,7 @@ impl Net {
         };
         let [status, status_high] = up.to_le_bytes();
         let [mtu, mtu_high] = self.mtu.to_le_bytes();
-        [
-            a,
-            b,
-            c,
-            d,
-            e,
-            f,
-            status,
-            status_high,
-            1,
-            0,
-            mtu,
-            mtu_high,
-        ]
+        [a, b, c, d, e, f, status, status_high, 1, 0, mtu, mtu_high]
     }
 
     fn active(&mut self) -> Result<(&mut Active, &Tap), DeviceError> {

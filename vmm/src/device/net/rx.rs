@@ -18,7 +18,7 @@ use crate::device::{DeviceError, Resources};
 const BATCH: usize = 64;
 
 /// Where the header says how many chains a frame fills (`num_buffers`).
-const NUM_BUFFERS: usize = 10;
+pub(super) const NUM_BUFFERS: usize = 10;
 
 /// How a round of receiving ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
