@@ -309,6 +309,7 @@ fn idle(mut entered: Entered) {
     for (name, kind) in [
         ("vcpu", ThreadKind::Vcpu),
         ("block", ThreadKind::Block),
+        ("net", ThreadKind::Net),
         ("fs", ThreadKind::Fs),
     ] {
         let (ready, is_ready) = std::sync::mpsc::channel();
@@ -344,6 +345,7 @@ fn costs() {
     for kind in [
         ThreadKind::Vcpu,
         ThreadKind::Block,
+        ThreadKind::Net,
         ThreadKind::Fs,
         ThreadKind::Main,
     ] {
@@ -364,6 +366,7 @@ fn forbidden(orders: &Orders) {
         "main" => ThreadKind::Main,
         "vcpu" => ThreadKind::Vcpu,
         "block" => ThreadKind::Block,
+        "net" => ThreadKind::Net,
         "fs" => ThreadKind::Fs,
         other => panic!("no kind {other}"),
     };

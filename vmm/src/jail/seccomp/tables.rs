@@ -34,6 +34,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Main => [EVERY, LOOP, MAIN, &[]],
         ThreadKind::Vcpu => [EVERY, VCPU, &[], &[]],
         ThreadKind::Block => [EVERY, LOOP, BLOCK, &[]],
+        ThreadKind::Net => [EVERY, LOOP, NET, &[]],
         ThreadKind::Fs => [EVERY, LOOP, FS, &[]],
         ThreadKind::VhostUserMain => [EVERY, LOOP, MAIN, VHOST_USER_MAIN],
         ThreadKind::VhostUserFs => [EVERY, LOOP, FS, VHOST_USER_FS],
@@ -226,6 +227,16 @@ const BLOCK: &[Call] = &[
     call!(SYS_fallocate, "discard and write zeroes"),
 ];
 
+const NET: &[Call] = &[
+    call!(SYS_readv, "frames into guest memory"),
+    call!(SYS_writev, "frames from guest memory"),
+    call!(
+        SYS_ioctl,
+        "the tap learns which offloads the guest takes",
+        arg!(1 is TUNSETOFFLOAD)
+    ),
+];
+
 const FS: &[Call] = &[
     call!(
         SYS_openat,
@@ -313,6 +324,9 @@ const KVM_GET_VCPU_EVENTS: u32 = kvm(READ, 0x9f, size_of::<kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u32 = kvm(WRITE, 0xa0, size_of::<kvm_vcpu_events>());
 const KVM_GET_XSAVE: u32 = kvm(READ, 0xa4, size_of::<kvm_xsave>());
 const KVM_SET_XSAVE: u32 = kvm(WRITE, 0xa5, size_of::<kvm_xsave>());
+
+/// `_IOW('T', 208, unsigned int)` of `linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
