@@ -25,8 +25,7 @@ impl Hypervisor for Kvm {
         let files = Files::open(&spec)?;
         let vm = process::spawn(&spec, &[], &[])?;
         let fds = files.descriptors(spec.console.as_ref(), &spec.nics);
-        vm.start(configure(&spec), &fds)
-            .await?;
+        vm.start(configure(&spec), &fds).await?;
         Ok(Box::new(vm))
     }
 }
