@@ -119,14 +119,15 @@ impl Workers {
     }
 
     fn submit(self: Arc<Self>, job: Job) -> Result<(), Error> {
-        {
-            let mut state = self.state();
-            if state.jobs.len() < state.idle {
-                state.jobs.push_back(job);
-                self.more.notify_one();
-                return Ok(());
-            }
+        let mut state = self.state();
+        if state.jobs.len() < state.idle {
+            state.jobs.push_back(job);
+            // First, so that who wakes up need not wait for it.
+            drop(state);
+            self.more.notify_one();
+            return Ok(());
         }
+        drop(state);
         let thread = std::thread::Builder::new().stack_size(STACK);
         let spawned = thread.spawn(move || self.work(job));
         spawned.map(drop).map_err(Error::Thread)
