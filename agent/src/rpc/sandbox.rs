@@ -20,7 +20,7 @@ pub(super) struct State {
 impl Agent {
     /// Sets the pod up, once. A set-up that failed may be tried again.
     pub(super) fn set_sandbox_up(&self, request: &SetUpSandboxRequest) -> Result<(), Error> {
-        self.prepare()?;
+        let reaper = &self.prepare()?.reaper;
         let mut state = lock(&self.sandbox);
         if state.set_up {
             return Err(Error::State {
@@ -31,7 +31,7 @@ impl Agent {
         }
         crate::sandbox::set_up(request)?;
         if request.shared_pid_namespace && state.pids.is_none() {
-            let holder = PidHolder::spawn().map_err(|source| Error::Container {
+            let holder = PidHolder::spawn(reaper).map_err(|source| Error::Container {
                 what: "making the pod's pid namespace".to_owned(),
                 source,
             })?;
