@@ -7,10 +7,10 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::Agent;
 use super::process::{process_stdio, size};
 use super::state::{Container, Exec};
-use super::{Agent, lock};
-use crate::container::{self, Stdio};
+use crate::container::{self, SharedNamespaces, Stdio};
 use crate::error::Error;
 use crate::events::Events;
 use crate::streams::Streams;
@@ -43,7 +43,8 @@ impl Agent {
             })?;
         // From here to the end there is no await: a caller that goes away leaves a whole container or none.
         let (stdio, pending) = process_stdio(streams, has_terminal, size(stdio)?, &what)?;
-        let created = self.create(id, &spec, stdio)?;
+        let shared = self.shared_namespaces(request.pod_pid_namespace)?;
+        let created = self.create(id, &spec, stdio, &shared)?;
         let pid = created.container.pid();
         let exited = self.prepare()?.reaper.watch(pid);
         let terminal = match pending.start(created.terminal) {
@@ -70,11 +71,16 @@ impl Agent {
         Ok(pid)
     }
 
-    fn create(&self, id: &str, spec: &Spec, stdio: Stdio) -> Result<container::Created, Error> {
-        let shared = lock(&self.sandbox).shared.clone();
+    fn create(
+        &self,
+        id: &str,
+        spec: &Spec,
+        stdio: Stdio,
+        shared: &SharedNamespaces,
+    ) -> Result<container::Created, Error> {
         self.prepare()?
             .runtime
-            .create(id, spec, stdio, &shared)
+            .create(id, spec, stdio, shared)
             .map_err(|source| Error::Container {
                 what: format!("creating container {id:?}"),
                 source,

@@ -22,6 +22,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+pub(crate) use self::pod::choose;
+
 use crate::error::{ErrorKind, chain};
 use crate::paths::Paths;
 use crate::{config, image, sandbox};

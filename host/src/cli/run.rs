@@ -230,7 +230,7 @@ impl Container<'_> {
             ..SpecOptions::default()
         };
         let mut spec = source.spec(&options, &rootfs)?;
-        volume::share(dir, self.id, &mut spec)?;
+        volume::share(dir, self.id, &mut spec, |_| None)?;
         Ok(spec)
     }
 
