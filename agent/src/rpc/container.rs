@@ -7,9 +7,10 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::Agent;
 use super::process::{process_stdio, size};
 use super::state::{Container, Exec};
-use super::{Agent, CREATIONS, OPERATIONS, lock, on_thread};
+use super::{CREATIONS, OPERATIONS, on_thread};
 use crate::container::{self, Birth};
 use crate::error::Error;
 use crate::events::Events;
@@ -44,7 +45,7 @@ impl Agent {
                 source,
             })?;
         let (stdio, pending) = process_stdio(streams, has_terminal, size(stdio)?, &what)?;
-        let shared = lock(&self.sandbox).shared.clone();
+        let shared = self.shared_namespaces(request.pod_pid_namespace)?;
         let runtime = self.prepare()?.runtime.clone();
         let name = id.to_owned();
         let created = on_thread(slot, &creating, move || {

@@ -77,6 +77,7 @@ pub async fn boot(
         vcpus,
         memory_bytes,
         hostname: id.to_owned(),
+        sysctls: Default::default(),
         cmdline: config.kernel_params.clone(),
         console: console(context)?,
         netns: machine.netns.clone(),
