@@ -103,6 +103,17 @@ fn the_hosts_own_is_refused() {
 }
 
 #[test]
+fn a_namespace_without_interfaces_is_ready_at_once() {
+    let Some(netns) = Netns::new() else { return };
+    netns.run("ip link del eth0");
+    let network = open_now(&netns.path()).unwrap();
+    assert!(network.nics.is_empty() && network.interfaces.is_empty());
+    assert!(network.routes.is_empty(), "{:?}", network.routes);
+    join_now(&network).unwrap();
+    network.joints.undo().unwrap();
+}
+
+#[test]
 fn the_guest_gets_what_the_namespace_has() {
     let Some(netns) = Netns::new() else { return };
     let network = open_now(&netns.path()).unwrap();
