@@ -176,6 +176,8 @@ fn a_pod_has_the_network_of_its_namespace() {
     ));
     a_mebibyte_goes_each_way(&host, &netns, &data);
 
+    a_port_is_forwarded(&host, &netns);
+
     // One sandbox a namespace.
     let path = netns.path();
     let second = host.cella(&["run", "--netns", &path, &image, "true"]);
@@ -255,6 +257,33 @@ fn a_mebibyte_goes_each_way(host: &Host, netns: &Netns, data: &std::path::Path) 
         fs::read(data.join("in")).unwrap() == random,
         "host to guest"
     );
+}
+
+/// As containerd does it: `localhost` is dialled inside of the namespace, and the pod listens on its own.
+fn a_port_is_forwarded(host: &Host, netns: &Netns) {
+    let listen = [
+        "exec",
+        "c",
+        "sh",
+        "-c",
+        "echo answer | nc -l -s 127.0.0.1 -p 6000",
+    ];
+    let child = host.command(&listen).spawn().unwrap();
+    let dial = |port: &str| {
+        let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port} && echo question >&3 && cat <&3");
+        let command = ["netns", "exec", &netns.name, "bash", "-c", &script];
+        let said = Command::new("ip").args(command).output().unwrap();
+        String::from_utf8(said.stdout).unwrap()
+    };
+    let mut answer = String::new();
+    until(|| {
+        answer = dial("6000");
+        !answer.is_empty()
+    });
+    assert_eq!(answer, "answer\n");
+    let said = cella_tests::finish(child, &[]).expect_status(0);
+    assert_eq!(said.stdout, "question\n");
+    assert_eq!(dial("6001"), "", "nobody listens there");
 }
 
 /// Waits for something that comes in its own time.

@@ -30,6 +30,12 @@ impl Agent {
             });
         }
         crate::sandbox::set_up(request)?;
+        if !request.interfaces.is_empty() {
+            crate::forward::start(&self.options.transport).map_err(|source| Error::System {
+                what: format!("listening on port {}", crate::forward::PORT),
+                source,
+            })?;
+        }
         if request.shared_pid_namespace && state.pids.is_none() {
             let holder = PidHolder::spawn().map_err(|source| Error::Container {
                 what: "making the pod's pid namespace".to_owned(),
