@@ -6,6 +6,7 @@
 mod background;
 mod bench;
 mod check;
+mod dns;
 mod exec;
 mod lifecycle;
 mod list;
@@ -21,8 +22,6 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-
-pub(crate) use self::pod::choose;
 
 use crate::error::{ErrorKind, chain};
 use crate::paths::Paths;

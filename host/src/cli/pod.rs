@@ -3,11 +3,11 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::path::PathBuf;
 
-use super::{Context, Error, background};
+use super::{Context, Error, background, dns};
 use crate::config::Config;
-use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor};
+use crate::hypervisor;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::{Sandbox, SandboxSpec};
 use crate::size;
@@ -25,6 +25,9 @@ pub struct MachineArgs {
     /// The virtual machine's CPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
+    /// The network namespace whose interfaces the sandbox gets, as CNI or `ip netns` made it [default: no network]
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
 }
 
 /// The process that owns a pod's sandbox
@@ -48,7 +51,12 @@ pub async fn boot(
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
-    let hypervisor = choose(name)?;
+    let hypervisor =
+        hypervisor::choose(name, &context.paths.qemu).map_err(crate::sandbox::Error::from)?;
+    if let Some(warning) = &hypervisor.warning {
+        eprintln!("cella: {warning}");
+    }
+    let hypervisor = hypervisor.hypervisor;
     let memory = machine.memory.as_deref().map(size::parse).transpose();
     let memory_bytes = memory
         .map_err(|e| Error::usage(format!("--memory: {e}")))?
@@ -72,6 +80,11 @@ pub async fn boot(
         sysctls: Default::default(),
         cmdline: config.kernel_params.clone(),
         console: console(context)?,
+        netns: machine.netns.clone(),
+        resolv_conf: machine
+            .netns
+            .as_deref()
+            .map_or(String::new(), dns::resolv_conf),
     };
     timeline.mark("vm-spawning");
     let dir = SandboxDir::new(&context.paths, id)?;
@@ -112,20 +125,12 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     Ok(0)
 }
 
-/// The hypervisor of that name.
-pub fn choose(name: &str) -> Result<Box<dyn Hypervisor>, Error> {
-    match name {
-        "auto" | "kvm" => Ok(Box::new(hypervisor::kvm::Kvm)),
-        other => Err(Error::Usage {
-            kind: ErrorKind::Unimplemented,
-            message: format!("hypervisor {other} is not there yet; use kvm"),
-        }),
-    }
-}
-
 fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<OsString> {
     let paths = &context.paths;
     let mut arguments: Vec<OsString> = vec!["pod-owner".into()];
+    // The owner runs in another directory.
+    let netns = machine.netns.as_ref();
+    let netns = netns.map(|path| std::path::absolute(path).unwrap_or(path.clone()));
     let mut flag = |name: &str, value: Option<OsString>| {
         if let Some(value) = value {
             arguments.push(name.into());
@@ -135,9 +140,11 @@ fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<Os
     flag("--run-dir", Some(paths.run_dir.clone().into()));
     flag("--lib-dir", Some(paths.lib_dir.clone().into()));
     flag("--libexec-dir", Some(paths.libexec_dir.clone().into()));
+    flag("--qemu", Some(paths.qemu.clone().into()));
     flag("--config", paths.config.clone().map(Into::into));
     flag("--hypervisor", machine.hypervisor.clone().map(Into::into));
     flag("--memory", machine.memory.clone().map(Into::into));
+    flag("--netns", netns.map(Into::into));
     flag("--cpus", machine.cpus.map(|cpus| cpus.to_string().into()));
     if context.debug {
         arguments.push("--debug".into());

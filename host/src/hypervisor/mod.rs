@@ -1,10 +1,16 @@
 //! The hypervisor behind one narrow trait: how a sandbox's virtual machine comes to be and ends.
 
 mod channel;
+mod choose;
 pub mod kvm;
+mod process;
+pub mod qemu;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+
+pub use choose::{Choice, choose};
 
 use async_trait::async_trait;
 use cella_proto::vmm::{Stats, StopReason};
@@ -36,6 +42,20 @@ pub struct VmSpec {
     pub vsock: PathBuf,
     /// The guest's console, if it shall have one.
     pub console: Option<File>,
+    /// Its network interfaces, in the order in which the guest finds them.
+    pub nics: Vec<Nic>,
+}
+
+/// A network interface of the guest.
+#[derive(Debug)]
+pub struct Nic {
+    /// A tap made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, with a header of 12 bytes (`TUNSETVNETHDRSZ`) and
+    /// nonblocking. It is not persistent: it goes when the last descriptor of it is closed.
+    pub tap: OwnedFd,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// Bytes of the largest packet without its Ethernet header.
+    pub mtu: u16,
 }
 
 /// How a virtual machine ended.
@@ -80,6 +100,22 @@ pub enum Error {
         /// Its reason.
         message: String,
     },
+    /// There is no hypervisor.
+    #[error("no hypervisor on this host: {kvm}; {qemu}")]
+    Neither {
+        /// Why not KVM.
+        kvm: Box<Error>,
+        /// Why not QEMU.
+        qemu: Box<Error>,
+    },
+    /// A hypervisor that cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Unusable {
+        /// Its program.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The virtual machine is gone.
     #[error("the virtual machine of sandbox {id} ended: {message}")]
     Gone {
@@ -94,7 +130,9 @@ impl Error {
     /// The kind of this failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Missing { .. } => ErrorKind::FailedPrecondition,
+            Self::Missing { .. } | Self::Neither { .. } | Self::Unusable { .. } => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Host { source, .. } => ErrorKind::from(source),
             Self::Refused { kind, .. } => *kind,
             Self::Gone { .. } => ErrorKind::Unavailable,

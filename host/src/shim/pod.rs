@@ -15,6 +15,7 @@ use super::error::refuse;
 use super::events::Publisher;
 use super::{settings, spec};
 use crate::error::ErrorKind;
+use crate::hypervisor;
 use crate::paths::Paths;
 use crate::sandbox::{Error, Sandbox};
 use crate::timeline::Timeline;
@@ -93,11 +94,19 @@ impl Pod {
             let config = settings::with_options(&self.paths, options)?;
             let name = config.hypervisor.clone();
             let spec = settings::sandbox(config, &self.group, role, spec)?;
-            let hypervisor = crate::cli::choose(&name)
-                .map_err(|e| refuse(ErrorKind::FailedPrecondition, e.to_string()))?;
+            let choice = hypervisor::choose(&name, &self.paths.qemu)?;
+            if let Some(warning) = choice.warning {
+                tracing::warn!("{warning}");
+            }
             let dir = bundle::sandbox_dir(&self.paths, &self.namespace, &self.group)?;
             let timeline = Timeline::new();
-            let made = Sandbox::boot(&self.paths, dir, hypervisor.as_ref(), spec, &timeline);
+            let made = Sandbox::boot(
+                &self.paths,
+                dir,
+                choice.hypervisor.as_ref(),
+                spec,
+                &timeline,
+            );
             made.await.map(Arc::new)
         };
         self.sandbox.get_or_try_init(boot).await.cloned()

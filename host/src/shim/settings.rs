@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 use protobuf::CodedInputStream;
 use protobuf::well_known_types::any::Any;
 
@@ -147,7 +147,17 @@ pub fn sandbox(
             .unwrap_or_default(),
         cmdline: config.kernel_params,
         console: None,
+        netns: linux.and_then(netns),
+        // Whoever makes containers brings their resolv.conf among their mounts.
+        resolv_conf: String::new(),
     })
+}
+
+/// The network namespace that is to be joined; one that is to be made has nothing in it.
+fn netns(linux: &Linux) -> Option<PathBuf> {
+    let namespaces = linux.namespaces().iter().flatten();
+    let mut networks = namespaces.filter(|one| one.typ() == LinuxNamespaceType::Network);
+    networks.find_map(|one| one.path().clone())
 }
 
 /// What the workload may use at most.

@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
-use cella_proto::vmm::{Configure, Device, ErrorKind, device};
+use cella_proto::vmm::{Configure, Device, ErrorKind, Net, device};
 
 use super::packet::Fds;
 use super::refusal::Refusal;
@@ -16,6 +16,9 @@ const MAX_TAG: usize = 36;
 
 /// Most bytes of a disk's serial number (virtio 1.2, section 5.2.6).
 const MAX_SERIAL: usize = 20;
+
+/// The smallest MTU of IPv4 (RFC 791), and of a network device (virtio 1.2, section 5.1.4.1).
+const MIN_MTU: u16 = 68;
 
 /// CIDs below this and the highest are not a guest's (virtio 1.2, section 5.10.4).
 const FIRST_GUEST_CID: u64 = 3;
@@ -54,6 +57,26 @@ pub fn parse(
     Ok((config, specs))
 }
 
+/// Takes a `Configure` for a VMM with a companion apart: its devices, and the socket of each.
+///
+/// # Errors
+/// A file descriptor that is missing or named twice, or a value out of its range.
+pub fn parse_served(
+    configure: &Configure,
+    fds: &mut Fds,
+) -> Result<Vec<(DeviceSpec, UnixStream)>, Refusal> {
+    let devices = configure.devices.iter();
+    devices
+        .map(|device| {
+            let index = device
+                .vhost_user_fd
+                .ok_or_else(|| invalid("a device lacks its vhost_user_fd".to_owned()))?;
+            let socket = take(fds, index, "vhost_user_fd")?;
+            Ok((device_spec(device, fds)?, UnixStream::from(socket)))
+        })
+        .collect()
+}
+
 fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
     match &device.device {
         Some(device::Device::Vsock(vsock)) => {
@@ -82,8 +105,26 @@ fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
             serial: bounded(&block.serial, MAX_SERIAL, "block.serial")?,
         }),
         Some(device::Device::Rng(_)) => Ok(DeviceSpec::Rng),
+        Some(device::Device::Net(net)) => net_spec(net, fds),
         _ => Err(invalid("a device is of no kind that is known".to_owned())),
     }
+}
+
+fn net_spec(net: &Net, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
+    // The lowest bit of the first byte is that of addresses of groups (IEEE 802).
+    let mac = <[u8; 6]>::try_from(net.mac.as_slice())
+        .ok()
+        .filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
+        .ok_or_else(|| invalid(format!("net.mac: {:x?} is no card's address", net.mac)))?;
+    let mtu = u16::try_from(net.mtu)
+        .ok()
+        .filter(|mtu| *mtu >= MIN_MTU)
+        .ok_or_else(|| invalid(format!("net.mtu: {} is not 68 to 65535", net.mtu)))?;
+    Ok(DeviceSpec::Net {
+        tap: take(fds, net.tap_fd, "net.tap_fd")?.into(),
+        mac,
+        mtu,
+    })
 }
 
 fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::ops::Range;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,11 +11,14 @@ use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
+use crate::device::net::Net;
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
 use crate::jail::{self, ThreadKind};
+use crate::transport::Transport;
 use crate::transport::mmio::MmioTransport;
+use crate::transport::vhost_user::{OnEnd, VhostUserTransport};
 
 /// A device as it was asked for, its files open.
 #[derive(Debug)]
@@ -42,6 +46,15 @@ pub enum DeviceSpec {
     },
     /// virtio-rng.
     Rng,
+    /// virtio-net.
+    Net {
+        /// The tap, opened as `vmm.proto` says.
+        tap: File,
+        /// The guest's hardware address.
+        mac: [u8; 6],
+        /// At least 68.
+        mtu: u16,
+    },
 }
 
 /// Why a device could not be made or connected.
@@ -77,17 +90,37 @@ pub enum DevicesError {
 }
 
 /// The machine's devices, running.
+#[derive(Default)]
 pub struct Devices {
     /// Those that run on the main thread.
-    of_main: Vec<Arc<MmioTransport>>,
+    of_main: Vec<Arc<dyn Transport>>,
     threads: Vec<WorkerThread>,
+    /// Those that a hypervisor elsewhere uses.
+    vhost_user: Vec<Arc<VhostUserTransport>>,
 }
 
-/// A device, its name in log lines, and the kind of thread that it needs for itself, if any.
+/// A device, its name in log lines, the kinds of thread that it needs for itself, if any, behind each transport, and how
+/// many of its queues a vhost-user hypervisor hands over.
 struct Made {
     name: &'static str,
     device: Box<dyn Device>,
-    thread: Option<ThreadKind>,
+    thread: Option<Threads>,
+    handed: usize,
+}
+
+/// The kind of thread of a device, by its transport.
+struct Threads {
+    mmio: ThreadKind,
+    vhost_user: ThreadKind,
+}
+
+impl Threads {
+    fn both(kind: ThreadKind) -> Self {
+        Self {
+            mmio: kind,
+            vhost_user: kind,
+        }
+    }
 }
 
 impl Devices {
@@ -102,33 +135,86 @@ impl Devices {
         main: &mut Worker,
         confine: &Confine,
     ) -> Result<Self, DevicesError> {
-        let mut devices = Self {
-            of_main: Vec::new(),
-            threads: Vec::new(),
-        };
+        let mut devices = Self::default();
         for spec in specs {
-            let Made {
-                name,
-                device,
-                thread,
-            } = make(spec)?;
-            let run = |source| DevicesError::Run { name, source };
-            match thread {
-                None => {
-                    let transport = plug(machine, name, device, main)?;
-                    main.add(transport.clone()).map_err(run)?;
-                    devices.of_main.push(transport);
-                }
-                Some(kind) => {
-                    let mut worker = Worker::new().map_err(run)?;
-                    let transport = plug(machine, name, device, &worker)?;
-                    worker.add(transport).map_err(run)?;
-                    let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
-                    devices.threads.push(thread.map_err(run)?);
-                }
-            }
+            let made = make(spec)?;
+            let name = made.name;
+            let thread = made.thread.as_ref().map(|threads| threads.mmio);
+            devices.run(name, thread, main, confine, |worker| {
+                plug(machine, name, made.device, worker)
+            })?;
         }
         Ok(devices)
+    }
+
+    /// Makes the devices of `specs` and serves each through its socket, connected to a hypervisor elsewhere. Each runs
+    /// where [`Self::connect`] would have it run. `on_end` hears, on the thread of the device, of a connection that ended.
+    ///
+    /// # Errors
+    /// See [`DevicesError`].
+    pub fn serve(
+        specs: Vec<(DeviceSpec, UnixStream)>,
+        main: &mut Worker,
+        confine: &Confine,
+        on_end: &OnEnd,
+    ) -> Result<Self, DevicesError> {
+        let mut devices = Self::default();
+        for (spec, socket) in specs {
+            let made = make(spec)?;
+            let name = made.name;
+            let thread = made.thread.as_ref().map(|threads| threads.vhost_user);
+            let mut served = Vec::new();
+            devices.run(name, thread, main, confine, |worker| {
+                let transport = VhostUserTransport::new(
+                    name,
+                    made.device,
+                    made.handed,
+                    socket,
+                    worker.watcher(),
+                    on_end.clone(),
+                );
+                served.push(transport.clone());
+                Ok(transport)
+            })?;
+            devices.vhost_user.append(&mut served);
+        }
+        Ok(devices)
+    }
+
+    /// Has a device run in `main`, or on a thread of its own of kind `thread`, behind the transport that `transport`
+    /// makes for the event loop.
+    fn run<T: Transport + 'static>(
+        &mut self,
+        name: &'static str,
+        thread: Option<ThreadKind>,
+        main: &mut Worker,
+        confine: &Confine,
+        transport: impl FnOnce(&Worker) -> Result<Arc<T>, DevicesError>,
+    ) -> Result<(), DevicesError> {
+        let run = |source| DevicesError::Run { name, source };
+        match thread {
+            None => {
+                let transport = transport(main)?;
+                main.add(transport.clone()).map_err(run)?;
+                self.of_main.push(transport);
+            }
+            Some(kind) => {
+                let mut worker = Worker::new().map_err(run)?;
+                let transport = transport(&worker)?;
+                worker.add(transport).map_err(run)?;
+                let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
+                self.threads.push(thread.map_err(run)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where guest memory is mapped for the devices that a hypervisor elsewhere uses.
+    pub fn guest_ranges(&self) -> Vec<Range<u64>> {
+        let transports = self.vhost_user.iter();
+        transports
+            .flat_map(|transport| transport.guest_ranges())
+            .collect()
     }
 
     /// Ends the devices' use, each on its own thread, and their threads. The vCPUs must have stopped.
@@ -166,12 +252,24 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
         } => Made {
             name: "block",
             device: Box::new(Block::new(file, read_only, &serial).map_err(DevicesError::Block)?),
-            thread: Some(ThreadKind::Block),
+            // A hypervisor elsewhere has disks of its own.
+            thread: Some(Threads::both(ThreadKind::Block)),
+            handed: 1,
         },
         DeviceSpec::Rng => Made {
             name: "rng",
             device: Box::new(Rng::new()),
             thread: None,
+            handed: 1,
+        },
+        // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
+        // that reads what strangers send has the smallest filter.
+        DeviceSpec::Net { tap, mac, mtu } => Made {
+            name: "net",
+            device: Box::new(Net::new(tap, mac, mtu)),
+            // As with disks.
+            thread: Some(Threads::both(ThreadKind::Net)),
+            handed: 2,
         },
         DeviceSpec::Vsock {
             guest_cid,
@@ -183,11 +281,17 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
                     .map_err(DevicesError::Vsock)?,
             ),
             thread: None,
+            // The event queue stays with the hypervisor.
+            handed: 2,
         },
         DeviceSpec::Fs { tag } => Made {
             name: "fs",
             device: Box::new(Fs::new(&tag, Path::new(jail::SHARE)).map_err(DevicesError::Fs)?),
-            thread: Some(ThreadKind::Fs),
+            thread: Some(Threads {
+                mmio: ThreadKind::Fs,
+                vhost_user: ThreadKind::VhostUserFs,
+            }),
+            handed: 2,
         },
     })
 }

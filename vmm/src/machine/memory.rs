@@ -86,7 +86,7 @@ pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
     )?))
 }
 
-fn map_range(
+pub(crate) fn map_range(
     file: &Arc<File>,
     offset: u64,
     address: u64,

@@ -12,6 +12,7 @@
 //! first command. [`Machine::start`] lets them run.
 
 pub mod bus;
+pub mod companion;
 pub mod devices;
 pub mod memory;
 pub mod worker;
@@ -117,6 +118,7 @@ struct Image {
 }
 
 /// How the machine ended, and who is told.
+#[derive(Debug)]
 struct Ending {
     reason: Mutex<Option<StopReason>>,
     stopped: EventFd,
@@ -258,6 +260,7 @@ impl Machine {
             initrd: image.initrd,
             cmdline: &line,
             vcpus: self.count,
+            seed: seed()?,
         };
         let entry = boot::load(&self.memory.memory(), image)?;
         if let Some(first) = vcpus.first() {
@@ -411,4 +414,12 @@ fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
 
 fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { action, source }
+}
+
+/// Fresh randomness for the guest.
+fn seed() -> Result<[u8; layout::SEED_BYTES], MachineError> {
+    let mut seed = [0; layout::SEED_BYTES];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| host("drawing the guest's random seed")(errno.into()))?;
+    Ok(seed)
 }

@@ -31,10 +31,13 @@ pub(super) struct Check {
 /// The calls of a kind of thread, each once.
 pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
     let own = match kind {
-        ThreadKind::Main => [EVERY, LOOP, MAIN],
-        ThreadKind::Vcpu => [EVERY, VCPU, &[]],
-        ThreadKind::Block => [EVERY, LOOP, BLOCK],
-        ThreadKind::Fs => [EVERY, LOOP, FS],
+        ThreadKind::Main => [EVERY, LOOP, MAIN, &[]],
+        ThreadKind::Vcpu => [EVERY, VCPU, &[], &[]],
+        ThreadKind::Block => [EVERY, LOOP, BLOCK, &[]],
+        ThreadKind::Net => [EVERY, LOOP, NET, &[]],
+        ThreadKind::Fs => [EVERY, LOOP, FS, &[]],
+        ThreadKind::VhostUserMain => [EVERY, LOOP, MAIN, VHOST_USER_MAIN],
+        ThreadKind::VhostUserFs => [EVERY, LOOP, FS, VHOST_USER_FS],
     };
     own.into_iter().flatten()
 }
@@ -170,11 +173,12 @@ const MAIN: &[Call] = &[
     call!(SYS_timerfd_settime, "vsock: deadlines of handshakes"),
     call!(
         SYS_fcntl,
-        "descriptors made nonblocking or duplicated",
+        "descriptors made nonblocking or duplicated; vhost-user: the seals of guest memory",
         arg!(1 is libc::F_GETFD),
         arg!(1 is libc::F_SETFD),
         arg!(1 is libc::F_GETFL),
         arg!(1 is libc::F_SETFL),
+        arg!(1 is libc::F_GET_SEALS),
         arg!(1 is libc::F_DUPFD_CLOEXEC)
     ),
     call!(
@@ -221,6 +225,16 @@ const BLOCK: &[Call] = &[
     call!(SYS_fdatasync, "flush"),
     call!(SYS_fsync, "flush"),
     call!(SYS_fallocate, "discard and write zeroes"),
+];
+
+const NET: &[Call] = &[
+    call!(SYS_readv, "frames into guest memory"),
+    call!(SYS_writev, "frames from guest memory"),
+    call!(
+        SYS_ioctl,
+        "the tap learns which offloads the guest takes",
+        arg!(1 is TUNSETOFFLOAD)
+    ),
 ];
 
 const FS: &[Call] = &[
@@ -275,11 +289,30 @@ const FS: &[Call] = &[
     call!(SYS_dup, "flush"),
     call!(
         SYS_fcntl,
-        "flags of an open file; duplicates",
+        "flags of an open file; duplicates; vhost-user: the seals of guest memory",
         arg!(1 is libc::F_GETFD),
+        arg!(1 is libc::F_GETFL),
         arg!(1 is libc::F_SETFL),
+        arg!(1 is libc::F_GET_SEALS),
         arg!(1 is libc::F_DUPFD_CLOEXEC)
     ),
+];
+
+const VHOST_USER_MAIN: &[Call] = &[
+    call!(
+        SYS_pidfd_send_signal,
+        "the companion, the only process there is a descriptor of: paused, continued and ended"
+    ),
+    call!(
+        SYS_waitid,
+        "the companion has stopped or ended",
+        arg!(0 is libc::P_PIDFD)
+    ),
+];
+
+const VHOST_USER_FS: &[Call] = &[
+    call!(SYS_recvmsg, "vhost-user: requests and their descriptors"),
+    call!(SYS_sendmsg, "vhost-user: replies"),
 ];
 
 const KVM_RUN: u32 = kvm(NONE, 0x80, 0);
@@ -291,6 +324,9 @@ const KVM_GET_VCPU_EVENTS: u32 = kvm(READ, 0x9f, size_of::<kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u32 = kvm(WRITE, 0xa0, size_of::<kvm_vcpu_events>());
 const KVM_GET_XSAVE: u32 = kvm(READ, 0xa4, size_of::<kvm_xsave>());
 const KVM_SET_XSAVE: u32 = kvm(WRITE, 0xa5, size_of::<kvm_xsave>());
+
+/// `_IOW('T', 208, unsigned int)` of `linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
