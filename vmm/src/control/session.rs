@@ -6,17 +6,20 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{
-    Configure, Done, ErrorKind, Reply, Request, Started, Stats, reply, request,
+    Configure, Done, ErrorKind, Reply, Request, Snapshot, Started, Stats, reply, request,
 };
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 
+use super::configure::{self, Beginning};
 use super::packet::{self, Fds};
 use super::refusal::Refusal;
-use super::{Context, MACHINE_STOPPED, configure, memory};
+use super::{Context, MACHINE_STOPPED, memory};
 use crate::jail::ThreadKind;
 use crate::machine::devices::Devices;
 use crate::machine::worker::Worker;
 use crate::machine::{Confine, Machine, MachineError, StopReason};
+use crate::snapshot::{file, pages};
+use crate::transport::mmio::Frozen;
 
 /// The door's connection and the machine behind it.
 pub(super) struct Session {
@@ -63,6 +66,7 @@ impl Session {
             Some(Call::Start(_)) => self.start()?,
             Some(Call::Pause(_)) => self.change("pausing the machine", Machine::pause)?,
             Some(Call::Resume(_)) => self.change("resuming the machine", Machine::resume)?,
+            Some(Call::Snapshot(snapshot)) => self.snapshot(&snapshot, fds)?,
             Some(Call::Stop(_)) => self.stopping = true,
             Some(Call::GetStats(_)) => return self.get_stats().map(reply::Body::Stats),
             _ => {
@@ -83,16 +87,26 @@ impl Session {
                 message: "configuring the machine: it was asked for before".to_owned(),
             });
         }
-        let (config, specs) = configure::parse(configure, &mut fds)?;
+        let (beginning, specs) = configure::parse(configure, &mut fds)?;
         // What nobody asked for shall not stay open.
         drop(fds);
         let action = "configuring the machine";
-        let mut machine = Machine::new(config).map_err(Refusal::machine(action))?;
+        let (made, saved) = match beginning {
+            Beginning::Boot(config) => (Machine::new(config), None),
+            Beginning::Restore(mut config) => {
+                let devices = std::mem::take(&mut config.state.devices);
+                (Machine::restore(config), Some(devices))
+            }
+        };
+        let mut machine = made.map_err(Refusal::machine(action))?;
         let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
             .map_err(Refusal::devices(action))?;
         machine
             .spawn(self.confine.clone())
             .map_err(Refusal::machine(action))?;
+        if let Some(saved) = saved {
+            devices.restore(&saved).map_err(Refusal::snapshot(action))?;
+        }
         self.worker
             .watch(machine.stopped_event().as_raw_fd(), MACHINE_STOPPED)
             .and_then(|()| (self.confine)(ThreadKind::Main))
@@ -118,15 +132,33 @@ impl Session {
             .map(drop)
     }
 
+    /// Writes what the paused machine is to the files that came along.
+    fn snapshot(&mut self, snapshot: &Snapshot, mut fds: Fds) -> Result<(), Refusal> {
+        let action = "saving the machine";
+        let built = self.built.as_ref().ok_or_else(|| not_configured(action))?;
+        let state_file = configure::take(&mut fds, snapshot.state_fd, "state_fd")?;
+        let memory_file = configure::take(&mut fds, snapshot.memory_fd, "memory_fd")?;
+        let mut state = built.machine.save().map_err(Refusal::machine(action))?;
+        // Until memory is written: what devices do changes it.
+        let mut frozen = built.devices.freeze();
+        state.devices = frozen
+            .iter_mut()
+            .map(Frozen::save)
+            .collect::<Result<_, _>>()
+            .map_err(Refusal::snapshot(action))?;
+        let memory = built.machine.memory();
+        state.samples = pages::write(&memory.memory(), &memory_file.into())
+            .map_err(Refusal::snapshot(action))?;
+        drop(frozen);
+        file::write(&state_file.into(), &state).map_err(Refusal::snapshot(action))
+    }
+
     fn change(
         &mut self,
         action: &str,
         change: fn(&mut Machine) -> Result<(), MachineError>,
     ) -> Result<(), Refusal> {
-        let built = self.built.as_mut().ok_or_else(|| Refusal {
-            kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
-            message: format!("{action}: it is not configured"),
-        })?;
+        let built = self.built.as_mut().ok_or_else(|| not_configured(action))?;
         change(&mut built.machine).map_err(Refusal::machine(action))
     }
 
@@ -164,6 +196,13 @@ impl Session {
         machine.stop();
         devices.shut_down();
         machine.stop_reason().unwrap_or(StopReason::Requested)
+    }
+}
+
+fn not_configured(action: &str) -> Refusal {
+    Refusal {
+        kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+        message: format!("{action}: it is not configured"),
     }
 }
 

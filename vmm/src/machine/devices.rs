@@ -6,6 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
+use cella_proto::snapshot::DeviceState;
+
 use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
@@ -14,7 +16,8 @@ use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
 use crate::jail::{self, ThreadKind};
-use crate::transport::mmio::MmioTransport;
+use crate::snapshot::SnapshotError;
+use crate::transport::mmio::{Frozen, MmioTransport};
 
 /// A device as it was asked for, its files open.
 #[derive(Debug)]
@@ -78,9 +81,16 @@ pub enum DevicesError {
 
 /// The machine's devices, running.
 pub struct Devices {
-    /// Those that run on the main thread.
-    of_main: Vec<Arc<MmioTransport>>,
+    /// All, in the order in which they were asked for.
+    all: Vec<(Arc<MmioTransport>, OnThread)>,
     threads: Vec<WorkerThread>,
+}
+
+/// Where a device runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnThread {
+    Main,
+    Own,
 }
 
 /// A device, its name in log lines, and the kind of thread that it needs for itself, if any.
@@ -103,7 +113,7 @@ impl Devices {
         confine: &Confine,
     ) -> Result<Self, DevicesError> {
         let mut devices = Self {
-            of_main: Vec::new(),
+            all: Vec::new(),
             threads: Vec::new(),
         };
         for spec in specs {
@@ -117,12 +127,13 @@ impl Devices {
                 None => {
                     let transport = plug(machine, name, device, main)?;
                     main.add(transport.clone()).map_err(run)?;
-                    devices.of_main.push(transport);
+                    devices.all.push((transport, OnThread::Main));
                 }
                 Some(kind) => {
                     let mut worker = Worker::new().map_err(run)?;
                     let transport = plug(machine, name, device, &worker)?;
-                    worker.add(transport).map_err(run)?;
+                    worker.add(transport.clone()).map_err(run)?;
+                    devices.all.push((transport, OnThread::Own));
                     let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
                     devices.threads.push(thread.map_err(run)?);
                 }
@@ -134,9 +145,38 @@ impl Devices {
     /// Ends the devices' use, each on its own thread, and their threads. The vCPUs must have stopped.
     pub fn shut_down(self) {
         drop(self.threads);
-        for transport in &self.of_main {
-            transport.shut_down();
+        for (transport, thread) in &self.all {
+            if *thread == OnThread::Main {
+                transport.shut_down();
+            }
         }
+    }
+
+    /// Holds every device still.
+    pub fn freeze(&self) -> Vec<Frozen<'_>> {
+        self.all
+            .iter()
+            .map(|(transport, _)| transport.freeze())
+            .collect()
+    }
+
+    /// Makes the devices, none of which was used yet, those that were saved. After the machine has its state
+    /// ([`Machine::spawn`]), before it runs.
+    ///
+    /// # Errors
+    /// They are not the same devices in the same order.
+    pub fn restore(&self, saved: &[DeviceState]) -> Result<(), SnapshotError> {
+        if saved.len() != self.all.len() {
+            return Err(SnapshotError::Shape {
+                what: "a number of devices of",
+                saved: saved.len().to_string(),
+                wanted: self.all.len().to_string(),
+            });
+        }
+        for ((transport, _), saved) in self.all.iter().zip(saved) {
+            transport.restore(saved)?;
+        }
+        Ok(())
     }
 }
 

@@ -33,7 +33,7 @@ use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryMmap};
 
 use self::budget::Budget;
 use self::guarded::Guarded;
-use super::{Device, DeviceError, Resources, Watcher};
+use super::{Device, DeviceError, Resources, SnapshotStep, Watcher};
 
 /// How long the guest may believe a name or an attribute without asking again.
 pub const VALIDITY: Duration = Duration::from_secs(1);
@@ -283,6 +283,15 @@ impl Device for Fs {
         match index {
             HIPRIO | REQUEST => self.serve_queue(index),
             _ => Err(DeviceError::State("the file system has two queues")),
+        }
+    }
+
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            SnapshotStep::Save(_) if self.guarded.is_mounted() => {
+                Err(DeviceError::State("the guest has it mounted"))
+            }
+            _ => Ok(()),
         }
     }
 
