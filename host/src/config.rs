@@ -154,6 +154,7 @@ mod tests {
             run_dir: "/nonexistent".into(),
             lib_dir: "/nonexistent".into(),
             libexec_dir: "/nonexistent".into(),
+            qemu: "/nonexistent".into(),
             config: Some(config.into()),
         }
     }

@@ -39,6 +39,16 @@ pub struct Paths {
         help_heading = "Paths"
     )]
     pub libexec_dir: PathBuf,
+    /// QEMU, for --hypervisor qemu: a path, or a name that is looked up in PATH
+    #[arg(
+        long,
+        env = "CELLA_QEMU",
+        default_value = "qemu-system-x86_64",
+        global = true,
+        value_name = "FILE",
+        help_heading = "Paths"
+    )]
+    pub qemu: PathBuf,
     /// Configuration file [default: /etc/cella/config.toml if it exists]
     #[arg(
         long,

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use cella_proto::vmm::{Configure, Device, ErrorKind, Restore, device};
 
@@ -88,6 +88,26 @@ fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal
             .map(|index| file(index, "console_fd"))
             .transpose()?,
     })
+}
+
+/// Takes a `Configure` for a VMM with a companion apart: its devices, and the socket of each.
+///
+/// # Errors
+/// A file descriptor that is missing or named twice, or a value out of its range.
+pub fn parse_served(
+    configure: &Configure,
+    fds: &mut Fds,
+) -> Result<Vec<(DeviceSpec, UnixStream)>, Refusal> {
+    let devices = configure.devices.iter();
+    devices
+        .map(|device| {
+            let index = device
+                .vhost_user_fd
+                .ok_or_else(|| invalid("a device lacks its vhost_user_fd".to_owned()))?;
+            let socket = take(fds, index, "vhost_user_fd")?;
+            Ok((device_spec(device, fds)?, UnixStream::from(socket)))
+        })
+        .collect()
 }
 
 fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {

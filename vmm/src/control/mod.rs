@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{Error, ErrorKind, Reply, StopReason, Stopped, reply};
 
+use crate::jail::Companion;
 use crate::machine::worker::Worker;
 use crate::machine::{self, Confine};
 use packet::Packet;
@@ -22,6 +23,7 @@ use session::Session;
 
 const CONTROL: u64 = 1;
 const MACHINE_STOPPED: u64 = 2;
+const COMPANION_OUTPUT: u64 = 3;
 
 /// Why the control loop gave up.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,8 @@ impl ControlError {
 pub struct Context {
     /// The `SOCK_SEQPACKET` socket to the door.
     pub control: OwnedFd,
+    /// The hypervisor that runs the machine, if it is not this process.
+    pub companion: Option<Companion>,
     /// `/proc/self/smaps`, opened by this process while there was a `/proc`.
     pub smaps: File,
     /// What each thread calls first, and the main thread once the machine is made.
@@ -78,6 +82,9 @@ pub fn run(context: Context) -> Result<(), ControlError> {
         if ready.contains(&CONTROL) && !serve(&mut session)? {
             session.stop();
             return Ok(());
+        }
+        if ready.contains(&COMPANION_OUTPUT) {
+            session.read_output();
         }
         if session.stopping || ready.contains(&MACHINE_STOPPED) {
             return finish(&mut session);

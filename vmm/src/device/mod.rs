@@ -7,6 +7,7 @@
 
 pub mod block;
 pub mod fs;
+mod lent;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -69,23 +70,27 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// Queue `index`.
+    ///
+    /// # Errors
+    /// It is no queue of this device.
+    pub fn queue(&mut self, index: usize) -> Result<&mut Queue, DeviceError> {
+        self.queues
+            .get_mut(index)
+            .ok_or(DeviceError::State("it has no such queue"))
+    }
+
     /// Interrupts the driver for queue `index` unless it asked not to be (`VIRTIO_F_EVENT_IDX`,
     /// `VIRTQ_AVAIL_F_NO_INTERRUPT`).
     ///
     /// # Errors
     /// The queue's rings lie outside of guest memory, or `index` is no queue of this device.
     pub fn notify(&mut self, index: usize) -> Result<(), DeviceError> {
-        let queue = self
-            .queues
-            .get_mut(index)
-            .ok_or(DeviceError::State("no such queue"))?;
         let memory = self.memory.clone();
-        let needed = queue
+        let needed = self
+            .queue(index)?
             .needs_notification(&*vm_memory::GuestAddressSpace::memory(&memory))
-            .map_err(|source| DeviceError::Queue {
-                queue: index,
-                source,
-            })?;
+            .map_err(lent::broken(index))?;
         if needed {
             self.interrupt.queue(index);
         }

@@ -100,7 +100,7 @@ fn map_as(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, M
     )?))
 }
 
-fn map_range(
+pub(crate) fn map_range(
     file: &Arc<File>,
     offset: u64,
     address: u64,

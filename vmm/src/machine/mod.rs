@@ -13,6 +13,7 @@
 //! another was [saved](Machine::save); `spawn` then gives it that one's state instead of a kernel.
 
 pub mod bus;
+pub mod companion;
 pub mod devices;
 pub mod memory;
 pub mod worker;
@@ -129,6 +130,7 @@ struct Image {
 }
 
 /// How the machine ended, and who is told.
+#[derive(Debug)]
 struct Ending {
     reason: Mutex<Option<StopReason>>,
     stopped: EventFd,

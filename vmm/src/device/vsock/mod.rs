@@ -32,13 +32,14 @@ use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::buffers::Buffers;
 use self::muxer::Muxer;
 use self::packet::{HEADER_LEN, Header};
+use super::lent::{Lent, broken, pop, read_config};
 use super::{Device, DeviceError, Readiness, Resources, SnapshotStep, Watcher};
 
 /// `VIRTIO_VSOCK_F_STREAM`.
@@ -75,7 +76,7 @@ pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
     go_on: EventFd,
-    active: Option<Resources>,
+    active: Lent,
     watcher: Option<Arc<dyn Watcher + Send + Sync>>,
     // The guest has been told that every connection is lost, and gets no packet until it knows: it would take a new
     // connection for an old one.
@@ -100,7 +101,7 @@ impl Vsock {
             muxer: Muxer::new(guest_cid, listener, sockets_dir)
                 .map_err(host("preparing the vsock listener and its timer"))?,
             go_on: EventFd::new(EFD_NONBLOCK).map_err(host("making vsock's event descriptor"))?,
-            active: None,
+            active: Lent::default(),
             watcher: None,
             resetting: false,
         })
@@ -118,9 +119,12 @@ impl Vsock {
 
     // Tells the guest that the connections that it knows of are lost: their sockets end with ECONNRESET.
     fn reset_connections(&mut self) -> Result<(), DeviceError> {
-        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let resources = self.active.get()?;
         let guard = resources.memory.memory();
-        let queue = resources.queues.get_mut(EVENTS).ok_or(INACTIVE)?;
+        let queue = resources
+            .queues
+            .get_mut(EVENTS)
+            .ok_or(DeviceError::State("vsock has three queues"))?;
         // A driver without room for the event hears of it when it uses a connection: nobody answers for that.
         let Some(chain) = pop(queue, &guard, EVENTS)? else {
             return Ok(());
@@ -157,9 +161,9 @@ impl Vsock {
 
     // Handles packets of the guest's; false if some are left for later.
     fn transmit(&mut self) -> Result<bool, DeviceError> {
-        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let resources = self.active.get()?;
         let guard = resources.memory.memory();
-        let queue = resources.queues.get_mut(TX).ok_or(INACTIVE)?;
+        let queue = resources.queue(TX)?;
         let mut done = false;
         for _ in 0..BATCH {
             let Some(chain) = pop(queue, &guard, TX)? else {
@@ -187,9 +191,9 @@ impl Vsock {
 
     // Fills the guest's buffers with packets for it; false if some could take more.
     fn receive(&mut self) -> Result<bool, DeviceError> {
-        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let resources = self.active.get()?;
         let guard = resources.memory.memory();
-        let queue = resources.queues.get_mut(RX).ok_or(INACTIVE)?;
+        let queue = resources.queue(RX)?;
         let mut done = false;
         let mut used = false;
         for _ in 0..BATCH {
@@ -253,25 +257,11 @@ fn fill(muxer: &mut Muxer, buffers: Option<Buffers<'_>>) -> Filled {
     }
 }
 
-const INACTIVE: DeviceError = DeviceError::State("vsock is not active");
-
-fn broken(queue: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Queue { queue, source }
-}
-
 fn unwatchable(source: io::Error) -> DeviceError {
     DeviceError::Host {
         action: "watching vsock's descriptors",
         source,
     }
-}
-
-fn pop<'m>(
-    queue: &mut Queue,
-    memory: &'m GuestMemoryMmap,
-    index: usize,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
-    Ok(queue.iter(memory).map_err(broken(index))?.next())
 }
 
 impl Device for Vsock {
@@ -289,12 +279,7 @@ impl Device for Vsock {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // `struct virtio_vsock_config` is the guest's context id alone.
-        let config = self.guest_cid.to_le_bytes();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (position, byte) in data.iter_mut().enumerate() {
-            let at = from.saturating_add(position);
-            *byte = config.get(at).copied().unwrap_or_default();
-        }
+        read_config(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(
@@ -302,17 +287,11 @@ impl Device for Vsock {
         resources: Resources,
         watcher: Arc<dyn Watcher + Send + Sync>,
     ) -> Result<(), DeviceError> {
-        if self.active.is_some() {
-            return Err(DeviceError::State("vsock is active already"));
-        }
-        if resources.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::State("vsock has three queues"));
-        }
+        self.active.take_up(resources, QUEUE_SIZES.len())?;
         watcher
             .watch(self.go_on.as_raw_fd(), CONTINUE, READ)
             .map_err(unwatchable)?;
         self.watcher = Some(watcher.clone());
-        self.active = Some(resources);
         self.muxer.start(watcher).map_err(unwatchable)
     }
 
@@ -356,7 +335,7 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) -> Option<Resources> {
-        let resources = self.active.take()?;
+        let resources = self.active.give_back()?;
         self.resetting = false;
         self.muxer.stop();
         if let Some(watcher) = self.watcher.take() {

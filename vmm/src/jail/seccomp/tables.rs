@@ -33,10 +33,12 @@ pub(super) struct Check {
 /// The calls of a kind of thread, each once.
 pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
     let own = match kind {
-        ThreadKind::Main => [EVERY, LOOP, MAIN],
-        ThreadKind::Vcpu => [EVERY, VCPU, &[]],
-        ThreadKind::Block => [EVERY, LOOP, BLOCK],
-        ThreadKind::Fs => [EVERY, LOOP, FS],
+        ThreadKind::Main => [EVERY, LOOP, MAIN, &[]],
+        ThreadKind::Vcpu => [EVERY, VCPU, &[], &[]],
+        ThreadKind::Block => [EVERY, LOOP, BLOCK, &[]],
+        ThreadKind::Fs => [EVERY, LOOP, FS, &[]],
+        ThreadKind::VhostUserMain => [EVERY, LOOP, MAIN, VHOST_USER_MAIN],
+        ThreadKind::VhostUserFs => [EVERY, LOOP, FS, VHOST_USER_FS],
     };
     own.into_iter().flatten()
 }
@@ -172,11 +174,12 @@ const MAIN: &[Call] = &[
     call!(SYS_timerfd_settime, "vsock: deadlines of handshakes"),
     call!(
         SYS_fcntl,
-        "descriptors made nonblocking or duplicated",
+        "descriptors made nonblocking or duplicated; vhost-user: the seals of guest memory",
         arg!(1 is libc::F_GETFD),
         arg!(1 is libc::F_SETFD),
         arg!(1 is libc::F_GETFL),
         arg!(1 is libc::F_SETFL),
+        arg!(1 is libc::F_GET_SEALS),
         arg!(1 is libc::F_DUPFD_CLOEXEC)
     ),
     call!(
@@ -291,11 +294,30 @@ const FS: &[Call] = &[
     call!(SYS_dup, "flush"),
     call!(
         SYS_fcntl,
-        "flags of an open file; duplicates",
+        "flags of an open file; duplicates; vhost-user: the seals of guest memory",
         arg!(1 is libc::F_GETFD),
+        arg!(1 is libc::F_GETFL),
         arg!(1 is libc::F_SETFL),
+        arg!(1 is libc::F_GET_SEALS),
         arg!(1 is libc::F_DUPFD_CLOEXEC)
     ),
+];
+
+const VHOST_USER_MAIN: &[Call] = &[
+    call!(
+        SYS_pidfd_send_signal,
+        "the companion, the only process there is a descriptor of: paused, continued and ended"
+    ),
+    call!(
+        SYS_waitid,
+        "the companion has stopped or ended",
+        arg!(0 is libc::P_PIDFD)
+    ),
+];
+
+const VHOST_USER_FS: &[Call] = &[
+    call!(SYS_recvmsg, "vhost-user: requests and their descriptors"),
+    call!(SYS_sendmsg, "vhost-user: replies"),
 ];
 
 const KVM_RUN: u32 = kvm(NONE, 0x80, 0);

@@ -3,11 +3,13 @@ use std::fmt::Write;
 
 use super::*;
 
-const KINDS: [ThreadKind; 4] = [
+const KINDS: [ThreadKind; 6] = [
     ThreadKind::Main,
     ThreadKind::Vcpu,
     ThreadKind::Block,
     ThreadKind::Fs,
+    ThreadKind::VhostUserMain,
+    ThreadKind::VhostUserFs,
 ];
 
 fn render(kind: ThreadKind) -> String {
