@@ -10,7 +10,7 @@ use rustix::time::ClockId;
 use ttrpc::asynchronous::Server;
 
 use crate::icount;
-use crate::rpc::Agent;
+use crate::rpc::{Agent, Service};
 use crate::transport::{Connection, Listener, Transport};
 
 /// The port that the host listens on for its guests, and the agent for those who attach later.
@@ -127,11 +127,12 @@ async fn serve_connections(
     dialled: Option<Connection>,
     listener: Listener,
 ) -> Result<(), crate::error::Error> {
+    let service = Arc::new(Service(agent));
     let mut server = Server::new()
         .add_listener(ttrpc::asynchronous::transport::Listener::new(connections(
             dialled, listener,
         )))
-        .register_service(agent_ttrpc::create_agent(agent));
+        .register_service(agent_ttrpc::create_agent(service));
     server
         .start()
         .await

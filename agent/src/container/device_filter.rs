@@ -1,7 +1,9 @@
 //! The device filter: the spec's rules as a BPF program on the container's cgroup, which the kernel asks at each
 //! mknod and open of a device.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -101,22 +103,64 @@ impl DeviceFilter {
         })
     }
 
-    /// Loads the program and attaches it to `cgroup` in place of `old`. The returned descriptor is what replaces it
-    /// later; the program itself lives as long as the cgroup.
+    /// Attaches the program to `cgroup` in place of `old`. What is returned is what replaces it later; the program
+    /// itself lives as long as the cgroup.
     pub(super) fn attach(
         &self,
         cgroup: BorrowedFd<'_>,
-        old: Option<&OwnedFd>,
-    ) -> std::io::Result<Option<OwnedFd>> {
+        programs: &Programs,
+        old: Option<&Program>,
+    ) -> std::io::Result<Option<Program>> {
         let program = match (&self.program, old) {
             (Some(program), _) => program,
             (None, None) => return Ok(None),
             // Everything is allowed from now on.
             (None, Some(_)) => &vec![move_immediate(0, 1), exit()],
         };
-        let fd = load(program)?;
-        attach(cgroup, &fd, old)?;
-        Ok(Some(fd))
+        let new = programs.get(program)?;
+        if !old.is_some_and(|old| Arc::ptr_eq(old, &new)) {
+            attach(cgroup, &new, old.map(Arc::as_ref))?;
+        }
+        Ok(Some(new))
+    }
+}
+
+/// A program that the kernel has taken.
+pub(super) type Program = Arc<OwnedFd>;
+
+/// Programs that are kept for the next containers of the same rules, as the other containers of a pod are, or the same
+/// one after a crash: the kernel's verifier takes long over each.
+#[derive(Debug, Default)]
+pub(super) struct Programs(Mutex<VecDeque<(Vec<Instruction>, Program)>>);
+
+impl Programs {
+    /// How many, the last used first.
+    const KEPT: usize = 4;
+
+    /// The loaded program of these instructions.
+    fn get(&self, instructions: &[Instruction]) -> std::io::Result<Program> {
+        if let Some(program) = self.find(instructions) {
+            return Ok(program);
+        }
+        // Without the lock: a container of other rules shall not wait for the verifier.
+        let program = Arc::new(load(instructions)?);
+        let mut kept = self.kept();
+        kept.push_front((instructions.to_vec(), Arc::clone(&program)));
+        kept.truncate(Self::KEPT);
+        Ok(program)
+    }
+
+    fn find(&self, instructions: &[Instruction]) -> Option<Program> {
+        let mut kept = self.kept();
+        let position = kept.iter().position(|(of, _)| of == instructions)?;
+        let entry = kept.remove(position)?;
+        let program = Arc::clone(&entry.1);
+        kept.push_front(entry);
+        Some(program)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, VecDeque<(Vec<Instruction>, Program)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use cella_proto::vmm::{Configure, Device, ErrorKind, Restore, device};
+use cella_proto::vmm::{Configure, Device, ErrorKind, Net, Restore, device};
 
 use super::packet::Fds;
 use super::refusal::Refusal;
@@ -17,6 +17,9 @@ const MAX_TAG: usize = 36;
 
 /// Most bytes of a disk's serial number (virtio 1.2, section 5.2.6).
 const MAX_SERIAL: usize = 20;
+
+/// The smallest MTU of IPv4 (RFC 791), and of a network device (virtio 1.2, section 5.1.4.1).
+const MIN_MTU: u16 = 68;
 
 /// CIDs below this and the highest are not a guest's (virtio 1.2, section 5.10.4).
 const FIRST_GUEST_CID: u64 = 3;
@@ -138,8 +141,26 @@ fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
             serial: bounded(&block.serial, MAX_SERIAL, "block.serial")?,
         }),
         Some(device::Device::Rng(_)) => Ok(DeviceSpec::Rng),
+        Some(device::Device::Net(net)) => net_spec(net, fds),
         _ => Err(invalid("a device is of no kind that is known".to_owned())),
     }
+}
+
+fn net_spec(net: &Net, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
+    // The lowest bit of the first byte is that of addresses of groups (IEEE 802).
+    let mac = <[u8; 6]>::try_from(net.mac.as_slice())
+        .ok()
+        .filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
+        .ok_or_else(|| invalid(format!("net.mac: {:x?} is no card's address", net.mac)))?;
+    let mtu = u16::try_from(net.mtu)
+        .ok()
+        .filter(|mtu| *mtu >= MIN_MTU)
+        .ok_or_else(|| invalid(format!("net.mtu: {} is not 68 to 65535", net.mtu)))?;
+    Ok(DeviceSpec::Net {
+        tap: take(fds, net.tap_fd, "net.tap_fd")?.into(),
+        mac,
+        mtu,
+    })
 }
 
 /// The file descriptor of `index`, which the request calls `what`.

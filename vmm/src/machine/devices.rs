@@ -13,6 +13,7 @@ use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
+use crate::device::net::Net;
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
@@ -48,6 +49,15 @@ pub enum DeviceSpec {
     },
     /// virtio-rng.
     Rng,
+    /// virtio-net.
+    Net {
+        /// The tap, opened as `vmm.proto` says.
+        tap: File,
+        /// The guest's hardware address.
+        mac: [u8; 6],
+        /// At least 68.
+        mtu: u16,
+    },
 }
 
 /// Why a device could not be made or connected.
@@ -107,6 +117,15 @@ struct Made {
 struct Threads {
     mmio: ThreadKind,
     vhost_user: ThreadKind,
+}
+
+impl Threads {
+    fn both(kind: ThreadKind) -> Self {
+        Self {
+            mmio: kind,
+            vhost_user: kind,
+        }
+    }
 }
 
 impl Devices {
@@ -267,10 +286,7 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             name: "block",
             device: Box::new(Block::new(file, read_only, &serial).map_err(DevicesError::Block)?),
             // A hypervisor elsewhere has disks of its own.
-            thread: Some(Threads {
-                mmio: ThreadKind::Block,
-                vhost_user: ThreadKind::Block,
-            }),
+            thread: Some(Threads::both(ThreadKind::Block)),
             handed: 1,
         },
         DeviceSpec::Rng => Made {
@@ -278,6 +294,15 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             device: Box::new(Rng::new()),
             thread: None,
             handed: 1,
+        },
+        // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
+        // that reads what strangers send has the smallest filter.
+        DeviceSpec::Net { tap, mac, mtu } => Made {
+            name: "net",
+            device: Box::new(Net::new(tap, mac, mtu)),
+            // As with disks.
+            thread: Some(Threads::both(ThreadKind::Net)),
+            handed: 2,
         },
         DeviceSpec::Vsock {
             guest_cid,

@@ -49,6 +49,7 @@ pub fn main(name: &str, words: Vec<String>) {
         uid: orders.number("uid", 64_999),
         gid: orders.number("gid", 64_998),
         keep_fds,
+        companion: None,
         pid_fd: orders.get("pid_fd").map(|fd| fd.parse().unwrap()),
     };
     let entered = match jail::enter(&jail) {
@@ -309,6 +310,7 @@ fn idle(mut entered: Entered) {
     for (name, kind) in [
         ("vcpu", ThreadKind::Vcpu),
         ("block", ThreadKind::Block),
+        ("net", ThreadKind::Net),
         ("fs", ThreadKind::Fs),
     ] {
         let (ready, is_ready) = std::sync::mpsc::channel();
@@ -344,6 +346,7 @@ fn costs() {
     for kind in [
         ThreadKind::Vcpu,
         ThreadKind::Block,
+        ThreadKind::Net,
         ThreadKind::Fs,
         ThreadKind::Main,
     ] {
@@ -364,6 +367,7 @@ fn forbidden(orders: &Orders) {
         "main" => ThreadKind::Main,
         "vcpu" => ThreadKind::Vcpu,
         "block" => ThreadKind::Block,
+        "net" => ThreadKind::Net,
         "fs" => ThreadKind::Fs,
         other => panic!("no kind {other}"),
     };

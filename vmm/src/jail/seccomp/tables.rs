@@ -36,6 +36,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Main => [EVERY, LOOP, MAIN, &[]],
         ThreadKind::Vcpu => [EVERY, VCPU, &[], &[]],
         ThreadKind::Block => [EVERY, LOOP, BLOCK, &[]],
+        ThreadKind::Net => [EVERY, LOOP, NET, &[]],
         ThreadKind::Fs => [EVERY, LOOP, FS, &[]],
         ThreadKind::VhostUserMain => [EVERY, LOOP, MAIN, VHOST_USER_MAIN],
         ThreadKind::VhostUserFs => [EVERY, LOOP, FS, VHOST_USER_FS],
@@ -242,6 +243,16 @@ const BLOCK: &[Call] = &[
     call!(SYS_fallocate, "discard and write zeroes"),
 ];
 
+const NET: &[Call] = &[
+    call!(SYS_readv, "frames into guest memory"),
+    call!(SYS_writev, "frames from guest memory"),
+    call!(
+        SYS_ioctl,
+        "the tap learns which offloads the guest takes",
+        arg!(1 is TUNSETOFFLOAD)
+    ),
+];
+
 const FS: &[Call] = &[
     call!(
         SYS_openat,
@@ -338,6 +349,9 @@ const KVM_GET_XCRS: u32 = kvm(READ, 0xa6, size_of::<kvm_xcrs>());
 const KVM_GET_IRQCHIP: u32 = kvm(READ | WRITE, 0x62, size_of::<kvm_irqchip>());
 const KVM_GET_CLOCK: u32 = kvm(READ, 0x7c, size_of::<kvm_clock_data>());
 const KVM_GET_PIT2: u32 = kvm(READ, 0x9f, size_of::<kvm_pit_state2>());
+
+/// `_IOW('T', 208, unsigned int)` of `linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
