@@ -13,7 +13,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cella_tests::{Host, kvm_is_missing, skip};
+use cella_tests::{Host, missing_for, skip};
 
 const BYTES: usize = 1 << 20;
 const MTU: &str = "1400";
@@ -102,7 +102,7 @@ fn is_missing() -> bool {
     let ip = Command::new("ip").arg("-V").output().is_err();
     let missing = match ip {
         true => Some("ip (iproute2)".to_owned()),
-        false => kvm_is_missing(),
+        false => missing_for("kvm"),
     };
     if let Some(missing) = &missing {
         skip(missing);
@@ -115,7 +115,7 @@ fn what_cannot_be_joined_is_refused() {
     if is_missing() {
         return;
     }
-    let host = Host::new();
+    let host = Host::on("kvm");
     let image = host.busybox();
     let run = |path: &str| host.cella(&["run", "--netns", path, &image, "true"]);
     run("/run/netns/none").expect_failure(&["/run/netns/none", "No such file"]);
@@ -130,7 +130,7 @@ fn a_boot_that_fails_leaves_the_namespace_as_it_was() {
     if is_missing() {
         return;
     }
-    let (host, netns) = (Host::new(), Netns::new());
+    let (host, netns) = (Host::on("kvm"), Netns::new());
     let before = netns.state();
     let image = host.busybox();
     let mut command = host.command(&["run", "--netns", &netns.path(), &image, "true"]);
@@ -148,7 +148,7 @@ fn a_pod_has_the_network_of_its_namespace() {
     if is_missing() {
         return;
     }
-    let (host, netns) = (Host::new(), Netns::new());
+    let (host, netns) = (Host::on("kvm"), Netns::new());
     let before = netns.state();
     let image = host.busybox();
     let data = host.path("data");
