@@ -12,6 +12,7 @@
 //! | [`container`] | the records of the command line's containers |
 //! | [`timeline`] | when each phase of a start began |
 //! | [`cli`] | the `cella` command |
+//! | [`shim`] | `containerd-shim-cella-v2`, containerd's way to all this |
 
 pub mod cli;
 pub mod config;
@@ -22,6 +23,7 @@ pub mod image;
 pub mod network;
 pub mod paths;
 pub mod sandbox;
+pub mod shim;
 pub mod size;
 pub mod spec;
 pub mod timeline;

@@ -67,11 +67,24 @@ pub fn libexec() -> PathBuf {
     root().join("target/libexec")
 }
 
-/// What the machine lacks for a sandbox on KVM, if it lacks anything.
-pub fn kvm_is_missing() -> Option<String> {
+/// What the machine lacks for a sandbox on `hypervisor`, if it lacks anything.
+pub fn missing_for(hypervisor: &str) -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("root".into());
     }
+    match hypervisor {
+        "kvm" => kvm_is_missing().or_else(not_built),
+        _ => qemu_is_missing().or_else(not_built),
+    }
+}
+
+fn qemu_is_missing() -> Option<String> {
+    let asked = Command::new("qemu-system-x86_64").arg("--version").output();
+    let error = asked.err()?;
+    Some(format!("QEMU (qemu-system-x86: {error})"))
+}
+
+fn kvm_is_missing() -> Option<String> {
     if let Err(error) = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -79,7 +92,7 @@ pub fn kvm_is_missing() -> Option<String> {
     {
         return Some(format!("a usable /dev/kvm ({error})"));
     }
-    not_built()
+    None
 }
 
 /// What `make build` has not built, if anything.
@@ -104,19 +117,35 @@ pub struct Host {
 
 impl Default for Host {
     fn default() -> Self {
-        Self::new()
+        Self::on("auto")
     }
 }
 
 impl Host {
-    /// An empty one.
+    /// An empty one that chooses its hypervisor by itself.
     pub fn new() -> Self {
-        Self {
-            dir: tempfile::Builder::new()
-                .prefix("cella-test-")
-                .tempdir()
-                .unwrap(),
-        }
+        Self::default()
+    }
+
+    /// An empty one whose sandboxes run on `hypervisor`, unless its commands say otherwise.
+    pub fn on(hypervisor: &str) -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("cella-test-")
+            .tempdir()
+            .unwrap();
+        let host = Self { dir };
+        host.configure(&format!("hypervisor = \"{hypervisor}\"\n"));
+        host
+    }
+
+    /// Adds lines to the host's configuration.
+    pub fn configure(&self, lines: &str) {
+        let mut config = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path("config.toml"))
+            .unwrap();
+        config.write_all(lines.as_bytes()).unwrap();
     }
 
     /// A place for the test's own files.
@@ -137,6 +166,7 @@ impl Host {
             .env("CELLA_RUN_DIR", self.path("run"))
             .env("CELLA_LIB_DIR", self.path("lib"))
             .env("CELLA_LIBEXEC_DIR", libexec())
+            .env("CELLA_CONFIG", self.path("config.toml"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -14,15 +14,15 @@ mod features;
 #[path = "kvm/pod.rs"]
 mod pod;
 
-use cella_tests::{Host, kvm_is_missing, skip};
+use cella_tests::{Host, missing_for, skip};
 
 /// A host on which sandboxes run on KVM, unless the machine lacks something.
 fn host() -> Option<Host> {
-    match kvm_is_missing() {
+    match missing_for("kvm") {
         Some(missing) => {
             skip(&missing);
             None
         }
-        None => Some(Host::new()),
+        None => Some(Host::on("kvm")),
     }
 }

@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use cella_vmm::control::{self, Context, ControlError, now_us};
-use cella_vmm::jail::{self, Jail, JailError};
+use cella_vmm::jail::{self, Jail, JailError, Program};
 
 const HELP: &str = "\
 cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by the program that starts it
 
     cella-vmm --control FD --share DIR --sockets DIR --uid N --gid N [--pid-fd FD] [--name ID]
+        [--companion PATH [--companion-kernel FILE] [--companion-initrd FILE] [--companion-fd FD]... -- ARG...]
 
     --control FD    an inherited SOCK_SEQPACKET socket to the starting program
     --share DIR     the directory that the guest's virtiofs serves
@@ -21,6 +22,14 @@ cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by
     --gid N         the group that the process becomes
     --pid-fd FD     where to write the jailed process's id, decimal: it is not the id of the process started
     --name ID       what log lines and process listings call the machine
+    --companion PATH
+                    another hypervisor that runs the machine, as a process beside this one, unprivileged, in the same
+                    namespaces and a root of its own; this one serves its devices, over vhost-user
+    --companion-kernel FILE, --companion-initrd FILE
+                    what the companion finds as /kernel and /initrd
+    --companion-fd FD
+                    a descriptor that it inherits
+    -- ARG...       its arguments
     --help          this text
     --version       the version
 
@@ -40,6 +49,7 @@ struct Options {
     gid: u32,
     pid_fd: Option<RawFd>,
     name: Option<String>,
+    companion: Option<Program>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -84,12 +94,15 @@ fn main() -> ExitCode {
 }
 
 fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
+    let mut kept = vec![options.control, STDERR];
+    kept.extend(options.companion.iter().flat_map(|program| &program.fds));
     let entered = jail::enter(&Jail {
         share: Some(options.share),
         sockets: Some(options.sockets),
         uid: options.uid,
         gid: options.gid,
-        keep_fds: vec![options.control, STDERR],
+        keep_fds: kept,
+        companion: options.companion,
         pid_fd: options.pid_fd,
     })?;
     // SAFETY: the door made this descriptor for us, nothing else in the process knows of it, and `parse` has
@@ -97,6 +110,7 @@ fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
     let control = unsafe { OwnedFd::from_raw_fd(options.control) };
     control::run(Context {
         control,
+        companion: entered.companion,
         smaps: entered.smaps,
         confine: Arc::new(|kind| jail::confine(kind).map_err(std::io::Error::other)),
         entered_us,
@@ -108,9 +122,14 @@ fn run(options: Options, entered_us: u64) -> Result<(), Failure> {
 fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failure> {
     let (mut control, mut share, mut sockets) = (None, None, None);
     let (mut uid, mut gid, mut pid_fd, mut name) = (None, None, None, None);
+    let mut companion: Option<Program> = None;
     let mut arguments = arguments.into_iter();
     while let Some(flag) = arguments.next() {
         let flag = flag.to_string_lossy().into_owned();
+        if flag == "--" {
+            of_companion(&mut companion, &flag)?.arguments = arguments.collect();
+            break;
+        }
         let value = arguments
             .next()
             .ok_or_else(|| Failure::Usage(format!("{flag} is unknown or lacks its value")))?;
@@ -122,6 +141,16 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failu
             "--gid" => gid = Some(number(&flag, &value)?),
             "--pid-fd" => pid_fd = Some(descriptor(&flag, number(&flag, &value)?)?),
             "--name" => name = Some(value.to_string_lossy().into_owned()),
+            "--companion" => companion.get_or_insert_default().path = PathBuf::from(value),
+            "--companion-kernel" | "--companion-initrd" => {
+                let name = flag.replace("--companion-", "/");
+                let program = of_companion(&mut companion, &flag)?;
+                program.files.push((PathBuf::from(value), name));
+            }
+            "--companion-fd" => {
+                let fd = descriptor(&flag, number(&flag, &value)?)?;
+                of_companion(&mut companion, &flag)?.fds.push(fd);
+            }
             _ => return Err(Failure::Usage(format!("{flag} is unknown"))),
         }
     }
@@ -135,7 +164,18 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failu
         gid: gid.ok_or_else(|| missing("--gid"))?,
         pid_fd,
         name,
+        companion,
     })
+}
+
+/// The companion that `flag` says something of.
+fn of_companion<'a>(
+    companion: &'a mut Option<Program>,
+    flag: &str,
+) -> Result<&'a mut Program, Failure> {
+    companion
+        .as_mut()
+        .ok_or_else(|| Failure::Usage(format!("{flag} comes after --companion")))
 }
 
 /// A descriptor that the door has made for us: none of the standard ones.

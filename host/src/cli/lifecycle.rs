@@ -12,7 +12,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::gc;
 use crate::sandbox::state::{ContainerState, Status};
-use crate::spec::parse_signal;
+use crate::spec::{self, parse_signal};
 
 /// How long a container's runner may take to settle its end after it was killed.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -125,8 +125,8 @@ async fn stop_container(
         return Ok(());
     }
     let sandbox = attach(context, &state).await?;
-    let term = libc::SIGTERM.unsigned_abs();
-    sandbox.signal(record.id(), "", term, false).await?;
+    let signal = spec::stop_signal(&record.read_spec()?)?;
+    sandbox.signal(record.id(), "", signal, false).await?;
     if ended(record, timeout).await {
         return Ok(());
     }

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 
 use super::{Context, Error, background, dns};
 use crate::config::Config;
-use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor};
+use crate::hypervisor;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::{Sandbox, SandboxSpec};
 use crate::size;
@@ -52,7 +51,12 @@ pub async fn boot(
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
-    let hypervisor = choose(name)?;
+    let hypervisor =
+        hypervisor::choose(name, &context.paths.qemu).map_err(crate::sandbox::Error::from)?;
+    if let Some(warning) = &hypervisor.warning {
+        eprintln!("cella: {warning}");
+    }
+    let hypervisor = hypervisor.hypervisor;
     let memory = machine.memory.as_deref().map(size::parse).transpose();
     let memory_bytes = memory
         .map_err(|e| Error::usage(format!("--memory: {e}")))?
@@ -73,6 +77,7 @@ pub async fn boot(
         vcpus,
         memory_bytes,
         hostname: id.to_owned(),
+        sysctls: Default::default(),
         cmdline: config.kernel_params.clone(),
         console: console(context)?,
         netns: machine.netns.clone(),
@@ -120,17 +125,6 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     Ok(0)
 }
 
-/// The hypervisor of that name.
-pub fn choose(name: &str) -> Result<Box<dyn Hypervisor>, Error> {
-    match name {
-        "auto" | "kvm" => Ok(Box::new(hypervisor::kvm::Kvm)),
-        other => Err(Error::Usage {
-            kind: ErrorKind::Unimplemented,
-            message: format!("hypervisor {other} is not there yet; use kvm"),
-        }),
-    }
-}
-
 fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<OsString> {
     let paths = &context.paths;
     let mut arguments: Vec<OsString> = vec!["pod-owner".into()];
@@ -146,6 +140,7 @@ fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<Os
     flag("--run-dir", Some(paths.run_dir.clone().into()));
     flag("--lib-dir", Some(paths.lib_dir.clone().into()));
     flag("--libexec-dir", Some(paths.libexec_dir.clone().into()));
+    flag("--qemu", Some(paths.qemu.clone().into()));
     flag("--config", paths.config.clone().map(Into::into));
     flag("--hypervisor", machine.hypervisor.clone().map(Into::into));
     flag("--memory", machine.memory.clone().map(Into::into));

@@ -221,7 +221,7 @@ impl Container<'_> {
             ..SpecOptions::default()
         };
         let mut spec = source.spec(&options, &rootfs)?;
-        volume::share(dir, self.id, &mut spec)?;
+        volume::share(dir, self.id, &mut spec, |_| None)?;
         if dir.read_state()?.resolv_conf {
             dns::mount(&mut spec);
         }

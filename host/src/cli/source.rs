@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::Spec;
 
 use super::Error;
 use crate::image::{Bundle, Image, ImageRef, Store, bundle};
@@ -42,7 +42,7 @@ impl Source {
         match self {
             // Whoever removes the sandbox's directory unmounts it.
             Self::Image(image) => image.mount(target, scratch)?.keep(),
-            Self::Bundle(bundle) => volume::bind(&bundle.rootfs, target, false)?,
+            Self::Bundle(bundle) => volume::bind(&bundle.rootfs, target, volume::Bound::default())?,
         }
         Ok(())
     }
@@ -72,9 +72,7 @@ impl Source {
                 process.set_terminal(Some(true));
             }
         }
-        let mut mounts: Vec<Mount> = spec.mounts().clone().unwrap_or_default();
-        mounts.extend(options.mounts.iter().cloned());
-        spec.set_mounts(Some(mounts));
+        spec::add_mounts(&mut spec, &options.mounts)?;
         Ok(spec)
     }
 }

@@ -1,11 +1,16 @@
 //! The hypervisor behind one narrow trait: how a sandbox's virtual machine comes to be and ends.
 
 mod channel;
+mod choose;
 pub mod kvm;
+mod process;
+pub mod qemu;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+
+pub use choose::{Choice, choose};
 
 use async_trait::async_trait;
 use cella_proto::vmm::{Stats, StopReason};
@@ -95,6 +100,22 @@ pub enum Error {
         /// Its reason.
         message: String,
     },
+    /// There is no hypervisor.
+    #[error("no hypervisor on this host: {kvm}; {qemu}")]
+    Neither {
+        /// Why not KVM.
+        kvm: Box<Error>,
+        /// Why not QEMU.
+        qemu: Box<Error>,
+    },
+    /// A hypervisor that cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Unusable {
+        /// Its program.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The virtual machine is gone.
     #[error("the virtual machine of sandbox {id} ended: {message}")]
     Gone {
@@ -109,7 +130,9 @@ impl Error {
     /// The kind of this failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Missing { .. } => ErrorKind::FailedPrecondition,
+            Self::Missing { .. } | Self::Neither { .. } | Self::Unusable { .. } => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Host { source, .. } => ErrorKind::from(source),
             Self::Refused { kind, .. } => *kind,
             Self::Gone { .. } => ErrorKind::Unavailable,

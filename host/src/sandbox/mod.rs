@@ -21,6 +21,7 @@ pub mod state;
 pub mod stdio;
 pub mod volume;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub struct SandboxSpec {
     pub memory_bytes: u64,
     /// The pod's host name.
     pub hostname: String,
+    /// The pod's sysctls.
+    pub sysctls: HashMap<String, String>,
     /// Words for the guest kernel's command line.
     pub cmdline: String,
     /// The guest's console goes there.
@@ -229,6 +232,24 @@ impl Sandbox {
         }
     }
 
+    /// The process id of the owned virtual machine's VMM; 0 for an attached sandbox.
+    pub fn vmm_pid(&self) -> u32 {
+        self.owned.as_ref().map_or(0, |owned| owned.vm.pid())
+    }
+
+    /// Ends an owned sandbox as it is, for an owner that shares it with tasks of its own. What asks it for something
+    /// afterwards is told that it is gone; dropping it then removes nothing any more.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub async fn end(&self) -> Result<(), Error> {
+        if let Some(owned) = &self.owned {
+            owned.vm.stop().await?;
+            self.dir.remove()?;
+        }
+        Ok(())
+    }
+
     /// Ends an owned sandbox with everything in it and removes it from the host. An attached one is only left.
     ///
     /// # Errors
@@ -352,6 +373,7 @@ fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Ok(SetUpSandboxRequest {
         hostname: spec.hostname.clone(),
+        sysctls: spec.sysctls.clone(),
         mounts: vec![Mount {
             source: "share".into(),
             destination: GUEST_SHARE.into(),

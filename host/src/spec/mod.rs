@@ -121,13 +121,15 @@ pub fn make_directories(image: &Image, spec: &Spec, rootfs: &Path) -> Result<()>
     crate::image::make_directories(rootfs, &paths)
 }
 
-/// The signal that asks a container of `image` to end: the image's `StopSignal`, or SIGTERM.
-pub fn stop_signal(image: &Image) -> Result<u32> {
-    match image
-        .config
-        .config()
-        .as_ref()
-        .and_then(|config| config.stop_signal().as_deref())
+/// The signal that asks a container of `spec` to end: its image's `StopSignal`, or SIGTERM.
+///
+/// # Errors
+/// The image names no signal.
+pub fn stop_signal(spec: &Spec) -> Result<u32> {
+    let annotations = spec.annotations().as_ref();
+    match annotations
+        .and_then(|all| all.get(STOP_SIGNAL))
+        .map(String::as_str)
     {
         None | Some("") => Ok(libc::SIGTERM.unsigned_abs()),
         Some(name) => parse_signal(name).ok_or_else(|| {
@@ -273,7 +275,11 @@ fn annotations(image: &Image, config: &Config, options: &SpecOptions) -> BTreeMa
     annotations
 }
 
-fn add_mounts(spec: &mut Spec, added: &[Mount]) -> Result<()> {
+/// Adds mounts; each takes the place of one with its destination.
+///
+/// # Errors
+/// A destination is not an absolute path.
+pub fn add_mounts(spec: &mut Spec, added: &[Mount]) -> Result<()> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in added {
         let destination = mount.destination();

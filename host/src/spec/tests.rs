@@ -97,7 +97,7 @@ fn an_images_own_settings() {
         spec["annotations"],
         json!({ "org.opencontainers.image.stopSignal": "SIGQUIT" })
     );
-    assert_eq!(stop_signal(&web().image).unwrap(), 3);
+    assert_eq!(stop_signal(&web().spec(&options()).unwrap()).unwrap(), 3);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn an_image_that_says_nothing() {
     assert_eq!(process["noNewPrivileges"], json!(false));
     assert_eq!(spec.get("hostname"), None);
     assert_eq!(spec["linux"].get("cgroupsPath"), None);
-    assert_eq!(stop_signal(&given.image).unwrap(), 15);
+    assert_eq!(stop_signal(&given.spec(&options).unwrap()).unwrap(), 15);
 }
 
 #[test]
@@ -332,17 +332,17 @@ fn signals_by_name_and_number() {
     ] {
         assert_eq!(parse_signal(text), None, "{text:?}");
     }
-    let wrong = Given::new(json!({ "StopSignal": "SIGFOO" }));
-    let error = stop_signal(&wrong.image).unwrap_err();
+    let of = |name: &str| {
+        let given = Given::new(json!({ "Cmd": ["x"], "StopSignal": name }));
+        stop_signal(&given.spec(&options()).unwrap())
+    };
+    let error = of("SIGFOO").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert!(
         error.to_string().contains("StopSignal: \"SIGFOO\""),
         "{error}"
     );
-    assert_eq!(
-        stop_signal(&Given::new(json!({ "StopSignal": "" })).image).unwrap(),
-        15
-    );
+    assert_eq!(of("").unwrap(), 15);
 }
 
 proptest! {

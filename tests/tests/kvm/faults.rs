@@ -92,14 +92,9 @@ fn the_guest_panics() {
     let image = host.busybox();
     // /proc/sysrq-trigger is read-only in a container: the panic is made from the host's side, by the guest kernel's own
     // command line, at a time when the agent has not called yet.
-    let config = host.path("config.toml");
-    std::fs::write(
-        &config,
-        "kernel_params = \"init=/nonexistent rdinit=/nonexistent\"",
-    )
-    .unwrap();
+    host.configure("kernel_params = \"init=/nonexistent rdinit=/nonexistent\"\n");
     let begin = Instant::now();
-    let said = host.cella(&["run", "--config", config.to_str().unwrap(), &image, "true"]);
+    let said = host.cella(&["run", &image, "true"]);
     said.expect_failure(&["virtual machine"]);
     assert!(
         begin.elapsed() < Duration::from_secs(60),

@@ -69,6 +69,7 @@ fuzz_target!(|data: &[u8]| {
         initrd,
         cmdline: "reboot=k",
         vcpus: 1,
+        seed: [0; 32],
     };
     if let Ok(entry) = boot::load(&memory, image) {
         assert!(entry.0 >= ENTRY && entry.0 < MEMORY as u64);

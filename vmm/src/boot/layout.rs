@@ -50,6 +50,10 @@ pub const PAGE_DIRECTORY: u64 = 0xb000;
 pub const CMDLINE: u64 = 0x2_0000;
 /// Its greatest length in bytes, with the NUL that ends it (`COMMAND_LINE_SIZE` of x86).
 pub const CMDLINE_BYTES: usize = 2048;
+/// A seed for the kernel's random number generator: a `struct setup_data` with [`SEED_BYTES`] of data.
+pub const SEED: u64 = 0x2_1000;
+/// Bytes of the seed: what fills the generator's key.
+pub const SEED_BYTES: usize = 32;
 /// The MP floating pointer and table: the last KiB of base memory, which the kernel scans for it.
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Bytes there are for the MP table: base memory ends at 640 KiB.
@@ -94,6 +98,7 @@ mod tests {
             (PDPT, 0x1000),
             (PAGE_DIRECTORY, 0x1000),
             (CMDLINE, CMDLINE_BYTES as u64),
+            (SEED, 16 + SEED_BYTES as u64),
             (MP_TABLE, MP_TABLE_BYTES as u64),
             (HIGH_MEMORY, 1),
         ];

@@ -93,6 +93,8 @@ pub struct BootImage<'a> {
     pub cmdline: &'a str,
     /// 1 to [`layout::MAX_VCPUS`].
     pub vcpus: u32,
+    /// Fresh randomness of the host: the guest has some before it has devices, also where RDRAND is hidden.
+    pub seed: [u8; layout::SEED_BYTES],
 }
 
 /// Loads kernel, initrd, command line and tables into `memory`, which must be fresh (all zeroes), and returns
@@ -108,7 +110,7 @@ pub fn load(memory: &GuestMemoryMmap, image: BootImage<'_>) -> Result<GuestAddre
         .transpose()?;
     // After the kernel, so that no segment of it can lie over what follows.
     write_cmdline(memory, image.cmdline)?;
-    params::write(memory, initrd)?;
+    params::write(memory, initrd, &image.seed)?;
     tables::write(memory)?;
     mptable::write(memory, image.vcpus)?;
     Ok(kernel.entry)

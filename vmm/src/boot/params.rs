@@ -13,8 +13,20 @@ const PROTOCOL: u16 = 0x020f;
 /// "Undefined" boot loader.
 const LOADER_TYPE: u8 = 0xff;
 const E820_RAM: u32 = 1;
+/// `SETUP_RNG_SEED` of the kernel's `asm/setup_data.h`. The kernel credits it and clears it.
+const SETUP_RNG_SEED: u32 = 9;
 
-pub(super) fn write(memory: &GuestMemoryMmap, initrd: Option<Initrd>) -> Result<(), BootError> {
+pub(super) fn write(
+    memory: &GuestMemoryMmap,
+    initrd: Option<Initrd>,
+    seed: &[u8; layout::SEED_BYTES],
+) -> Result<(), BootError> {
+    // struct setup_data: the next one's address (there is none), type, length, data.
+    let mut data = [0; 16 + layout::SEED_BYTES];
+    data[8..12].copy_from_slice(&SETUP_RNG_SEED.to_le_bytes());
+    data[12..16].copy_from_slice(&(layout::SEED_BYTES as u32).to_le_bytes());
+    data[16..].copy_from_slice(seed);
+    super::write(memory, "random seed", &data, layout::SEED)?;
     let params = build(memory, initrd);
     super::write(
         memory,
@@ -33,6 +45,7 @@ fn build(memory: &GuestMemoryMmap, initrd: Option<Initrd>) -> boot_params {
     // Both constants fit: CMDLINE lies below 1 MiB, CMDLINE_BYTES is 2048.
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = layout::CMDLINE_BYTES as u32;
+    params.hdr.setup_data = layout::SEED;
     if let Some(initrd) = initrd {
         params.hdr.ramdisk_image = initrd.address;
         params.hdr.ramdisk_size = initrd.bytes;

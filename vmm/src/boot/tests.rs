@@ -49,6 +49,7 @@ fn image(kernel: &[u8], initrd: Option<&[u8]>) -> BootImage<'static> {
         initrd: initrd.map(file),
         cmdline: "reboot=k",
         vcpus: 1,
+        seed: [0x5e; layout::SEED_BYTES],
     }
 }
 
@@ -90,13 +91,20 @@ fn a_kernel_is_loaded_with_all_that_it_looks_for() {
         .read_slice(&mut mp, GuestAddress(layout::MP_TABLE))
         .unwrap();
     assert_eq!(&mp, b"_MP_");
+
+    // No further setup_data, type 9, 32 bytes.
+    let at = GuestAddress(params.hdr.setup_data);
+    let header: [u8; 16] = memory.read_obj(at).unwrap();
+    assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 32, 0, 0, 0]);
+    let seed: [u8; 32] = memory.read_obj(GuestAddress(at.0 + 16)).unwrap();
+    assert_eq!(seed, [0x5e; 32]);
 }
 
 #[test]
 fn the_memory_map_has_the_ram_and_nothing_of_the_holes() {
     let map = |ranges: &[(GuestAddress, usize)]| {
         let memory = GuestMemoryMmap::from_ranges(ranges).unwrap();
-        params::write(&memory, None).unwrap();
+        params::write(&memory, None, &[0; layout::SEED_BYTES]).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(layout::ZERO_PAGE)).unwrap();
         let table = params.e820_table;
         table[..usize::from(params.e820_entries)]

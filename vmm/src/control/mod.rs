@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{Error, ErrorKind, Reply, StopReason, Stopped, reply};
 
+use crate::jail::Companion;
 use crate::machine::worker::Worker;
 use crate::machine::{self, Confine};
 use packet::Packet;
@@ -22,6 +23,7 @@ use session::Session;
 
 const CONTROL: u64 = 1;
 const MACHINE_STOPPED: u64 = 2;
+const COMPANION_OUTPUT: u64 = 3;
 
 /// Why the control loop gave up.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +37,7 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
-    /// KVM or a device gave up.
+    /// KVM or a device gave up, and nobody was there to be told.
     #[error("the machine failed: {0}")]
     Machine(String),
 }
@@ -50,6 +52,8 @@ impl ControlError {
 pub struct Context {
     /// The `SOCK_SEQPACKET` socket to the door.
     pub control: OwnedFd,
+    /// The hypervisor that runs the machine, if it is not this process.
+    pub companion: Option<Companion>,
     /// `/proc/self/smaps`, opened by this process while there was a `/proc`.
     pub smaps: File,
     /// What each thread calls first, and the main thread once the machine is made.
@@ -78,6 +82,9 @@ pub fn run(context: Context) -> Result<(), ControlError> {
         if ready.contains(&CONTROL) && !serve(&mut session)? {
             session.stop();
             return Ok(());
+        }
+        if ready.contains(&COMPANION_OUTPUT) {
+            session.read_output();
         }
         if session.stopping || ready.contains(&MACHINE_STOPPED) {
             return finish(&mut session);
@@ -132,9 +139,10 @@ fn finish(session: &mut Session) -> Result<(), ControlError> {
         message,
         ..Stopped::default()
     };
-    send(session, 0, reply::Body::Stopped(stopped))?;
+    let told = send(session, 0, reply::Body::Stopped(stopped))?;
     match why {
-        machine::StopReason::Failure(why) => Err(ControlError::Machine(why)),
+        // The door says it; where there is none any more, the log does.
+        machine::StopReason::Failure(why) if !told => Err(ControlError::Machine(why)),
         _ => Ok(()),
     }
 }

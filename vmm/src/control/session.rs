@@ -6,17 +6,23 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{
-    Configure, Done, ErrorKind, Reply, Request, Started, Stats, reply, request,
+    Configure, Done, ErrorKind, Reply, Request, Snapshot, Started, Stats, reply, request,
 };
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 
+use super::configure::{self, Beginning};
 use super::packet::{self, Fds};
 use super::refusal::Refusal;
-use super::{Context, MACHINE_STOPPED, configure, memory};
-use crate::jail::ThreadKind;
+use super::{COMPANION_OUTPUT, Context, MACHINE_STOPPED, memory};
+use crate::jail::{Companion, ThreadKind};
+use crate::machine::companion::CompanionMachine;
 use crate::machine::devices::Devices;
 use crate::machine::worker::Worker;
 use crate::machine::{Confine, Machine, MachineError, StopReason};
+use crate::snapshot::{file, pages};
+use crate::transport::mmio::Frozen;
+
+const CONFIGURING: &str = "configuring the machine";
 
 /// The door's connection and the machine behind it.
 pub(super) struct Session {
@@ -28,13 +34,20 @@ pub(super) struct Session {
     confine: Confine,
     stats: Stats,
     configured: bool,
+    companion: Option<Companion>,
     built: Option<Built>,
 }
 
 /// Devices before the machine: their threads end before the memory goes.
 struct Built {
     devices: Devices,
-    machine: Machine,
+    machine: AnyMachine,
+}
+
+/// The machine, run by this process on KVM or by its companion.
+enum AnyMachine {
+    Own(Box<Machine>),
+    Companion(CompanionMachine),
 }
 
 impl Session {
@@ -51,6 +64,7 @@ impl Session {
                 ..Stats::default()
             },
             configured: false,
+            companion: context.companion,
             built: None,
         }
     }
@@ -61,8 +75,17 @@ impl Session {
         match request.call {
             Some(Call::Configure(configure)) => self.configure(&configure, fds)?,
             Some(Call::Start(_)) => self.start()?,
-            Some(Call::Pause(_)) => self.change("pausing the machine", Machine::pause)?,
-            Some(Call::Resume(_)) => self.change("resuming the machine", Machine::resume)?,
+            Some(Call::Pause(_)) => self.change(
+                "pausing the machine",
+                Machine::pause,
+                CompanionMachine::pause,
+            )?,
+            Some(Call::Resume(_)) => self.change(
+                "resuming the machine",
+                Machine::resume,
+                CompanionMachine::resume,
+            )?,
+            Some(Call::Snapshot(snapshot)) => self.snapshot(&snapshot, fds)?,
             Some(Call::Stop(_)) => self.stopping = true,
             Some(Call::GetStats(_)) => return self.get_stats().map(reply::Body::Stats),
             _ => {
@@ -75,7 +98,7 @@ impl Session {
         Ok(reply::Body::Done(Done::default()))
     }
 
-    fn configure(&mut self, configure: &Configure, mut fds: Fds) -> Result<(), Refusal> {
+    fn configure(&mut self, configure: &Configure, fds: Fds) -> Result<(), Refusal> {
         // One attempt: it ends with the main thread's confinement, which leaves no way to make a second machine.
         if std::mem::replace(&mut self.configured, true) {
             return Err(Refusal {
@@ -83,27 +106,92 @@ impl Session {
                 message: "configuring the machine: it was asked for before".to_owned(),
             });
         }
-        let (config, specs) = configure::parse(configure, &mut fds)?;
+        self.built = Some(match self.companion.take() {
+            Some(companion) => self.serve(companion, configure, fds)?,
+            None => self.build(configure, fds)?,
+        });
+        Ok(())
+    }
+
+    /// Makes the machine that is asked for, on KVM.
+    fn build(&mut self, configure: &Configure, mut fds: Fds) -> Result<Built, Refusal> {
+        let (beginning, specs) = configure::parse(configure, &mut fds)?;
         // What nobody asked for shall not stay open.
         drop(fds);
-        let action = "configuring the machine";
-        let mut machine = Machine::new(config).map_err(Refusal::machine(action))?;
+        let (made, saved) = match beginning {
+            Beginning::Boot(config) => (Machine::new(config), None),
+            Beginning::Restore(mut config) => {
+                let devices = std::mem::take(&mut config.state.devices);
+                (Machine::restore(config), Some(devices))
+            }
+        };
+        let mut machine = made.map_err(Refusal::machine(CONFIGURING))?;
         let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
-            .map_err(Refusal::devices(action))?;
+            .map_err(Refusal::devices(CONFIGURING))?;
         machine
             .spawn(self.confine.clone())
-            .map_err(Refusal::machine(action))?;
+            .map_err(Refusal::machine(CONFIGURING))?;
+        if let Some(saved) = saved {
+            devices
+                .restore(&saved)
+                .map_err(Refusal::snapshot(CONFIGURING))?;
+        }
         self.worker
             .watch(machine.stopped_event().as_raw_fd(), MACHINE_STOPPED)
             .and_then(|()| (self.confine)(ThreadKind::Main))
-            .map_err(Refusal::io(action))?;
-        self.built = Some(Built { devices, machine });
-        Ok(())
+            .map_err(Refusal::io(CONFIGURING))?;
+        Ok(Built {
+            devices,
+            machine: AnyMachine::Own(Box::new(machine)),
+        })
+    }
+
+    /// Serves the devices that are asked for to the companion.
+    fn serve(
+        &mut self,
+        companion: Companion,
+        configure: &Configure,
+        mut fds: Fds,
+    ) -> Result<Built, Refusal> {
+        let specs = configure::parse_served(configure, &mut fds)?;
+        drop(fds);
+        let machine = CompanionMachine::new(companion).map_err(Refusal::machine(CONFIGURING))?;
+        let devices = Devices::serve(specs, &mut self.worker, &self.confine, &machine.on_end())
+            .map_err(Refusal::devices(CONFIGURING))?;
+        for fd in machine.ends() {
+            self.worker
+                .watch(fd.as_raw_fd(), MACHINE_STOPPED)
+                .map_err(Refusal::io(CONFIGURING))?;
+        }
+        self.worker
+            .watch(machine.output().as_raw_fd(), COMPANION_OUTPUT)
+            .and_then(|()| (self.confine)(ThreadKind::VhostUserMain))
+            .map_err(Refusal::io(CONFIGURING))?;
+        Ok(Built {
+            devices,
+            machine: AnyMachine::Companion(machine),
+        })
+    }
+
+    /// The companion has written something.
+    pub(super) fn read_output(&mut self) {
+        if let Some(Built {
+            machine: AnyMachine::Companion(machine),
+            ..
+        }) = &mut self.built
+            && !machine.read_output()
+        {
+            let _ = self.worker.unwatch(machine.output().as_raw_fd());
+        }
     }
 
     fn start(&mut self) -> Result<(), Refusal> {
         let started_us = now_us();
-        self.change("starting the machine", Machine::start)?;
+        self.change(
+            "starting the machine",
+            Machine::start,
+            CompanionMachine::start,
+        )?;
         self.stats.started_us = started_us;
         let started = Started {
             started_us,
@@ -118,30 +206,65 @@ impl Session {
             .map(drop)
     }
 
+    /// Writes what the paused machine is to the files that came along.
+    fn snapshot(&mut self, snapshot: &Snapshot, mut fds: Fds) -> Result<(), Refusal> {
+        let action = "saving the machine";
+        let built = self.built.as_ref().ok_or_else(|| not_configured(action))?;
+        let AnyMachine::Own(machine) = &built.machine else {
+            return Err(Refusal {
+                kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+                message: format!("{action}: the companion's cannot be"),
+            });
+        };
+        let state_file = configure::take(&mut fds, snapshot.state_fd, "state_fd")?;
+        let memory_file = configure::take(&mut fds, snapshot.memory_fd, "memory_fd")?;
+        let mut state = machine.save().map_err(Refusal::machine(action))?;
+        // Until memory is written: what devices do changes it.
+        let mut frozen = built.devices.freeze();
+        state.devices = frozen
+            .iter_mut()
+            .map(Frozen::save)
+            .collect::<Result<_, _>>()
+            .map_err(Refusal::snapshot(action))?;
+        let memory = machine.memory();
+        state.samples = pages::write(&memory.memory(), &memory_file.into())
+            .map_err(Refusal::snapshot(action))?;
+        drop(frozen);
+        file::write(&state_file.into(), &state).map_err(Refusal::snapshot(action))
+    }
+
     fn change(
         &mut self,
         action: &str,
-        change: fn(&mut Machine) -> Result<(), MachineError>,
+        own: fn(&mut Machine) -> Result<(), MachineError>,
+        companion: fn(&mut CompanionMachine) -> Result<(), MachineError>,
     ) -> Result<(), Refusal> {
-        let built = self.built.as_mut().ok_or_else(|| Refusal {
-            kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
-            message: format!("{action}: it is not configured"),
-        })?;
-        change(&mut built.machine).map_err(Refusal::machine(action))
+        let built = self.built.as_mut().ok_or_else(|| not_configured(action))?;
+        match &mut built.machine {
+            AnyMachine::Own(machine) => own(machine),
+            AnyMachine::Companion(machine) => companion(machine),
+        }
+        .map_err(Refusal::machine(action))
     }
 
     fn get_stats(&mut self) -> Result<Stats, Refusal> {
         let guest = self
             .built
             .as_ref()
-            .map(|built| guest_ranges(&built.machine))
+            .map(|built| match &built.machine {
+                AnyMachine::Own(machine) => guest_ranges(machine),
+                AnyMachine::Companion(_) => built.devices.guest_ranges(),
+            })
             .unwrap_or_default();
         let resident = memory::resident(&mut self.smaps, &guest)
             .map_err(Refusal::io("reading the process's own memory use"))?;
         let exits: HashMap<String, u64> = self
             .built
             .iter()
-            .flat_map(|built| built.machine.exits())
+            .flat_map(|built| match &built.machine {
+                AnyMachine::Own(machine) => machine.exits(),
+                AnyMachine::Companion(_) => Vec::new(),
+            })
             .map(|(reason, count)| (reason.to_owned(), count))
             .collect();
         Ok(Stats {
@@ -161,9 +284,24 @@ impl Session {
         else {
             return StopReason::Requested;
         };
-        machine.stop();
+        let reason = match &mut machine {
+            AnyMachine::Own(machine) => {
+                machine.stop();
+                machine.stop_reason()
+            }
+            AnyMachine::Companion(machine) => {
+                Some(machine.stop(!devices.guest_ranges().is_empty()))
+            }
+        };
         devices.shut_down();
-        machine.stop_reason().unwrap_or(StopReason::Requested)
+        reason.unwrap_or(StopReason::Requested)
+    }
+}
+
+fn not_configured(action: &str) -> Refusal {
+    Refusal {
+        kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+        message: format!("{action}: it is not configured"),
     }
 }
 

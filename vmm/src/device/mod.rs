@@ -7,6 +7,7 @@
 
 pub mod block;
 pub mod fs;
+mod lent;
 pub mod net;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
@@ -70,23 +71,27 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// Queue `index`.
+    ///
+    /// # Errors
+    /// It is no queue of this device.
+    pub fn queue(&mut self, index: usize) -> Result<&mut Queue, DeviceError> {
+        self.queues
+            .get_mut(index)
+            .ok_or(DeviceError::State("it has no such queue"))
+    }
+
     /// Interrupts the driver for queue `index` unless it asked not to be (`VIRTIO_F_EVENT_IDX`,
     /// `VIRTQ_AVAIL_F_NO_INTERRUPT`).
     ///
     /// # Errors
     /// The queue's rings lie outside of guest memory, or `index` is no queue of this device.
     pub fn notify(&mut self, index: usize) -> Result<(), DeviceError> {
-        let queue = self
-            .queues
-            .get_mut(index)
-            .ok_or(DeviceError::State("no such queue"))?;
         let memory = self.memory.clone();
-        let needed = queue
+        let needed = self
+            .queue(index)?
             .needs_notification(&*vm_memory::GuestAddressSpace::memory(&memory))
-            .map_err(|source| DeviceError::Queue {
-                queue: index,
-                source,
-            })?;
+            .map_err(lent::broken(index))?;
         if needed {
             self.interrupt.queue(index);
         }
@@ -118,7 +123,19 @@ pub trait Watcher {
     fn unwatch(&self, fd: RawFd) -> std::io::Result<()>;
 }
 
+/// What a device is asked for when the machine that it belongs to is saved, or goes on from a snapshot.
+#[derive(Debug)]
+pub enum SnapshotStep<'a> {
+    /// No vCPU runs: append what it keeps outside of guest memory. The device stays in use.
+    Save(&'a mut Vec<u8>),
+    /// It has just been activated in place of a device that saved this.
+    Restore(&'a [u8]),
+}
+
 /// A virtio device without its transport.
+///
+/// Between calls a device holds no descriptor chain: what it took off a queue is used, or back in its place. So the
+/// positions of its queues can be read from guest memory when the machine is saved.
 ///
 /// Every method is called from one thread at a time (the transport holds the device's lock). Guest input
 /// is hostile: a method never panics and never touches memory outside of the guest, whatever the queues hold.
@@ -157,6 +174,15 @@ pub trait Device: Send {
     /// See [`DeviceError`].
     fn event(&mut self, token: u64, readiness: Readiness) -> Result<(), DeviceError> {
         let _ = (token, readiness);
+        Ok(())
+    }
+
+    /// Takes part in a snapshot. Devices that keep nothing between calls have nothing to do.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`]: what the guest has of it cannot be saved.
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        let _ = step;
         Ok(())
     }
 

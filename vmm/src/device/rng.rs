@@ -10,9 +10,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 
+use super::lent::{Lent, broken, read_config};
 use super::{Device, DeviceError, Resources, Watcher};
 
-const QUEUE: usize = 0;
 const QUEUE_SIZES: [u16; 1] = [32];
 
 /// Most bytes of entropy that one request is answered with. Linux asks for less than a cache line at a time;
@@ -23,7 +23,7 @@ const MAX_REQUEST: u32 = 4096;
 /// A virtio entropy device, fed by the host's `getrandom`.
 #[derive(Default)]
 pub struct Rng {
-    active: Option<Resources>,
+    active: Lent,
 }
 
 impl Rng {
@@ -46,8 +46,8 @@ impl Device for Rng {
         &QUEUE_SIZES
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config(&[], offset, data);
     }
 
     fn activate(
@@ -55,30 +55,14 @@ impl Device for Rng {
         resources: Resources,
         _watcher: Arc<dyn Watcher + Send + Sync>,
     ) -> Result<(), DeviceError> {
-        if self.active.is_some() {
-            return Err(DeviceError::State("it is active already"));
-        }
-        if resources.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::State("it has one queue"));
-        }
-        self.active = Some(resources);
-        Ok(())
+        self.active.take_up(resources, QUEUE_SIZES.len())
     }
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
-        let resources = self
-            .active
-            .as_mut()
-            .ok_or(DeviceError::State("it is inactive"))?;
+        let resources = self.active.get()?;
         let memory = resources.memory.memory();
-        let queue = resources
-            .queues
-            .get_mut(index)
-            .ok_or(DeviceError::State("no such queue"))?;
-        let broken = |source| DeviceError::Queue {
-            queue: QUEUE,
-            source,
-        };
+        let queue = resources.queue(index)?;
+        let broken = broken(index);
         // An index that runs ahead of the ring is an error here, so that one kick is at most a ring's length of work.
         // Notifications are never switched off (no VIRTIO_F_EVENT_IDX either): what the driver adds from
         // here on comes with a kick of its own, and no driver can keep the loop going.
@@ -92,7 +76,7 @@ impl Device for Rng {
     }
 
     fn reset(&mut self) -> Option<Resources> {
-        self.active.take()
+        self.active.give_back()
     }
 }
 

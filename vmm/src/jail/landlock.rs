@@ -47,10 +47,16 @@ pub(super) fn restrict_process(jail: &Jail) -> Result<Landlock, JailError> {
             .handle_access(AccessFs::Refer)?
             .set_compatibility(CompatLevel::BestEffort);
     }
+    let mut scope = Scope::from_all(NEWEST);
+    if jail.companion.is_some() {
+        // It has a domain of its own, and is paused by a signal. Nobody else can be signalled: nobody else has a
+        // process id in the jail's pid namespace.
+        scope &= !Scope::Signal;
+    }
     let mut rules = ruleset
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
-        .scope(Scope::from_all(NEWEST))?
+        .scope(scope)?
         .create()?;
     if jail.share.is_some() {
         rules = allow(rules, super::SHARE, file_server())?;
@@ -67,10 +73,22 @@ pub(super) fn restrict_thread(kind: ThreadKind) -> Result<(), JailError> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
         .create()?;
-    if kind == ThreadKind::Main && Path::new(super::SOCKETS).is_dir() {
+    let connects = matches!(kind, ThreadKind::Main | ThreadKind::VhostUserMain);
+    if connects && Path::new(super::SOCKETS).is_dir() {
         rules = allow(rules, super::SOCKETS, AccessFs::ResolveUnix.into())?;
     }
     rules.restrict_self()?;
+    Ok(())
+}
+
+/// Restricts the companion, for good, to reading and executing what its root holds.
+pub(super) fn restrict_companion() -> Result<(), JailError> {
+    let rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?;
+    allow(rules, "/", AccessFs::from_read(NEWEST))?.restrict_self()?;
     Ok(())
 }
 

@@ -7,12 +7,14 @@
 //!
 //! | module | what lives there |
 //! | --- | --- |
+//! | [`companion`] | a hypervisor that is not ours, in a room beside |
 //! | `process` | descriptors, environment, limits, the namespaces and the fork into them |
 //! | `root` | the private root: `/share`, `/vsock`, `/proc/self/fd`, and nothing else |
 //! | `identity` | user and group ids, capabilities |
 //! | `landlock` | what may still be opened |
 //! | `seccomp` | the system calls of each kind of thread |
 
+pub mod companion;
 mod error;
 mod identity;
 mod landlock;
@@ -24,6 +26,7 @@ use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+pub use companion::{Companion, Program};
 pub use error::JailError;
 pub use landlock::Landlock;
 
@@ -45,6 +48,10 @@ pub enum ThreadKind {
     Net,
     /// The file server: acts as the guest's users inside the shared directory.
     Fs,
+    /// As `Main`, where a companion runs the machine: it serves vsock to it, pauses it and hears of its end.
+    VhostUserMain,
+    /// As `Fs`, where the companion asks for what the guest's driver does.
+    VhostUserFs,
 }
 
 /// What the jailed process may still see, and who it becomes.
@@ -62,6 +69,8 @@ pub struct Jail {
     /// The descriptors that stay open. Those of 0, 1 and 2 that are not listed become `/dev/null`, so that nothing
     /// else is ever opened under those numbers.
     pub keep_fds: Vec<RawFd>,
+    /// The hypervisor that runs beside this process, in the same namespaces but a root of its own.
+    pub companion: Option<Program>,
     /// Where the process id that the host sees is written, as a decimal line; closed afterwards.
     pub pid_fd: Option<RawFd>,
 }
@@ -73,6 +82,8 @@ pub struct Entered {
     pub landlock: Landlock,
     /// `/proc/self/smaps`, for statistics; read it from its start.
     pub smaps: File,
+    /// The companion, if one was asked for.
+    pub companion: Option<Companion>,
 }
 
 /// Closes the jail around the whole process. Call it first in `main`, from the only thread, as root; it returns in
@@ -89,12 +100,20 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
     process::spare_memory();
     process::limit(jail.share.is_some())?;
     let parent = process::fork_into_namespaces(jail.pid_fd)?;
+    let companion = match &jail.companion {
+        Some(program) => Some(companion::spawn(program, jail.uid, jail.gid)?),
+        None => None,
+    };
     let smaps = root::build(jail)?;
     identity::forbid_new_privileges()?;
     let landlock = landlock::restrict_process(jail)?;
     identity::become_unprivileged(jail.uid, jail.gid, jail.share.is_some())?;
     parent.entered()?;
-    Ok(Entered { landlock, smaps })
+    Ok(Entered {
+        landlock,
+        smaps,
+        companion,
+    })
 }
 
 /// Closes the jail around the calling thread, for good. Each thread of kind `Vcpu`, `Block`, `Net` and `Fs` calls it before
@@ -104,8 +123,12 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
 /// See [`JailError`]. The thread must not go on to serve a guest.
 pub fn confine(kind: ThreadKind) -> Result<(), JailError> {
     match kind {
-        ThreadKind::Fs => identity::become_file_server()?,
-        ThreadKind::Main | ThreadKind::Vcpu | ThreadKind::Block | ThreadKind::Net => {
+        ThreadKind::Fs | ThreadKind::VhostUserFs => identity::become_file_server()?,
+        ThreadKind::Main
+        | ThreadKind::VhostUserMain
+        | ThreadKind::Vcpu
+        | ThreadKind::Block
+        | ThreadKind::Net => {
             identity::drop_capabilities()?;
             landlock::restrict_thread(kind)?;
         }

@@ -56,11 +56,12 @@ pub(super) fn close_other_descriptors(jail: &Jail) -> Result<(), JailError> {
         }
     }
     drop(null);
-    let mut kept: Vec<u32> = jail
-        .keep_fds
-        .iter()
-        .copied()
-        .chain(jail.pid_fd)
+    keep_descriptors(jail.keep_fds.iter().copied().chain(jail.pid_fd))
+}
+
+/// Closes every descriptor but 0 to 2 and those of `kept`.
+pub(super) fn keep_descriptors(kept: impl Iterator<Item = RawFd>) -> Result<(), JailError> {
+    let mut kept: Vec<u32> = kept
         .chain(0..=2)
         .filter_map(|fd| u32::try_from(fd).ok())
         .collect();

@@ -14,6 +14,7 @@ use rustix::mount::{
     mount_change, move_mount, open_tree, unmount,
 };
 
+use super::companion::Program;
 use super::error::Doing;
 use super::{Jail, JailError};
 
@@ -27,12 +28,7 @@ const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::M
 
 /// Replaces the root, and returns `/proc/self/smaps`, which the new one does not have.
 pub(super) fn build(jail: &Jail) -> Result<File, JailError> {
-    // Nothing that is mounted here reaches the host; what the host mounts beneath the shared directory still arrives.
-    mount_change(
-        "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .doing("making the mounts private")?;
+    keep_mounts_here()?;
     let share = tree(jail.share.as_deref(), HARMLESS, libc::MS_SLAVE)?;
     let read_only = HARMLESS | libc::MOUNT_ATTR_RDONLY;
     let sockets = tree(jail.sockets.as_deref(), read_only, libc::MS_PRIVATE)?;
@@ -46,9 +42,7 @@ pub(super) fn build(jail: &Jail) -> Result<File, JailError> {
     let descriptors = proc_part("/proc/self/fd")?;
     let mounts = proc_part(MOUNTINFO)?;
 
-    let root = tmpfs().doing("making a tmpfs for the private root")?;
-    attach(root.as_fd(), ASSEMBLY)?;
-    rustix::process::chdir(ASSEMBLY).doing("entering the private root")?;
+    assemble()?;
     for (path, tree) in [
         ("share", share),
         ("vsock", sockets),
@@ -65,12 +59,104 @@ pub(super) fn build(jail: &Jail) -> Result<File, JailError> {
         openat(CWD, file, flags, Mode::empty()).doing(format!("making /{file}"))?;
         attach(mounts.as_fd(), file)?;
     }
+    change_root()?;
+    Ok(smaps)
+}
+
+/// Where programs and their libraries are: in one of these, or beside the program.
+const SYSTEM: [&str; 9] = [
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+];
+
+/// Replaces the root of a program that is to be executed: what the host has in [`SYSTEM`] and the program's own
+/// directory, read-only, and its files. No devices, no /proc, nothing that can be written.
+pub(super) fn build_for(program: &Program) -> Result<(), JailError> {
+    keep_mounts_here()?;
+    let read_only = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY;
+    let own = program.path.parent().unwrap_or(Path::new("/"));
+    let mut places: Vec<&Path> = SYSTEM.iter().map(Path::new).collect();
+    if !places.iter().any(|place| own.starts_with(place)) {
+        places.push(own);
+    }
+    let mut links = Vec::new();
+    let mut trees = Vec::new();
+    for place in places {
+        let Ok(found) = std::fs::symlink_metadata(place) else {
+            continue;
+        };
+        match std::fs::read_link(place) {
+            Ok(target) => links.push((relative(place), target)),
+            Err(_) => trees.push((
+                relative(place),
+                found.is_dir(),
+                tree(Some(place), read_only, libc::MS_PRIVATE)?,
+            )),
+        }
+    }
+    for (path, name) in &program.files {
+        let file = tree(Some(path), read_only, libc::MS_PRIVATE)?;
+        trees.push((relative(Path::new(name)), false, file));
+    }
+    assemble()?;
+    for (path, target) in links {
+        make_directories(path.rsplit_once('/').map_or("", |(directory, _)| directory))
+            .and_then(|()| rustix::fs::symlinkat(&target, CWD, &path))
+            .doing(format!("linking /{path} in the private root"))?;
+    }
+    for (path, is_directory, tree) in trees {
+        let Some(tree) = tree else { continue };
+        make_place(&path, is_directory).doing(format!("making /{path} in the private root"))?;
+        attach(tree.as_fd(), &path)?;
+    }
+    change_root()
+}
+
+fn relative(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    text.trim_start_matches('/').to_owned()
+}
+
+/// Makes what a tree is mounted on: a directory, or an empty file in its directory.
+fn make_place(path: &str, is_directory: bool) -> rustix::io::Result<()> {
+    if is_directory {
+        return make_directories(path);
+    }
+    make_directories(path.rsplit_once('/').map_or("", |(directory, _)| directory))?;
+    let flags = OFlags::CREATE | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).map(drop)
+}
+
+/// Nothing that is mounted here reaches the host; what the host mounts beneath the shared directory still arrives.
+fn keep_mounts_here() -> Result<(), JailError> {
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .doing("making the mounts private")
+}
+
+/// Mounts an empty root, and enters it.
+fn assemble() -> Result<(), JailError> {
+    let root = tmpfs().doing("making a tmpfs for the private root")?;
+    attach(root.as_fd(), ASSEMBLY)?;
+    rustix::process::chdir(ASSEMBLY).doing("entering the private root")
+}
+
+/// Makes what was assembled the root, for good.
+fn change_root() -> Result<(), JailError> {
     rustix::process::pivot_root(".", ".").doing("changing to the private root")?;
     unmount(".", UnmountFlags::DETACH).doing("leaving the host's mounts")?;
     rustix::process::chdir("/").doing("entering the private root")?;
     set_attributes(CWD, c"/", 0, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)
-        .doing("making the private root read-only")?;
-    Ok(smaps)
+        .doing("making the private root read-only")
 }
 
 /// A detached copy of `path` and what is mounted beneath it, with `attributes` and `propagation` (`MS_*`) on all of it.
@@ -121,7 +207,7 @@ fn set_attributes(
 
 fn tmpfs() -> rustix::io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [("size", "16k"), ("nr_inodes", "16"), ("mode", "0555")] {
+    for (key, value) in [("size", "16k"), ("nr_inodes", "64"), ("mode", "0555")] {
         fsconfig_set_string(context.as_fd(), key, value)?;
     }
     fsconfig_create(context.as_fd())?;
@@ -142,7 +228,7 @@ fn attach(tree: BorrowedFd<'_>, at: &str) -> Result<(), JailError> {
 /// Makes each directory of a relative path; those that are there already are well.
 fn make_directories(path: &str) -> rustix::io::Result<()> {
     for (end, _) in path.match_indices('/').chain([(path.len(), "")]) {
-        let Some(part) = path.get(..end) else {
+        let Some(part) = path.get(..end).filter(|part| !part.is_empty()) else {
             continue;
         };
         match mkdirat(CWD, part, Mode::from_raw_mode(0o555)) {

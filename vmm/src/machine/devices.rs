@@ -2,9 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::ops::Range;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+
+use cella_proto::snapshot::DeviceState;
 
 use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
@@ -15,7 +18,10 @@ use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
 use crate::jail::{self, ThreadKind};
-use crate::transport::mmio::MmioTransport;
+use crate::snapshot::SnapshotError;
+use crate::transport::Transport;
+use crate::transport::mmio::{Frozen, MmioTransport};
+use crate::transport::vhost_user::{OnEnd, VhostUserTransport};
 
 /// A device as it was asked for, its files open.
 #[derive(Debug)]
@@ -87,17 +93,39 @@ pub enum DevicesError {
 }
 
 /// The machine's devices, running.
+#[derive(Default)]
 pub struct Devices {
     /// Those that run on the main thread.
-    of_main: Vec<Arc<MmioTransport>>,
+    of_main: Vec<Arc<dyn Transport>>,
     threads: Vec<WorkerThread>,
+    /// Those behind registers, in the order in which they were asked for.
+    mmio: Vec<Arc<MmioTransport>>,
+    /// Those that a hypervisor elsewhere uses.
+    vhost_user: Vec<Arc<VhostUserTransport>>,
 }
 
-/// A device, its name in log lines, and the kind of thread that it needs for itself, if any.
+/// A device, its name in log lines, the kinds of thread that it needs for itself, if any, behind each transport, and how
+/// many of its queues a vhost-user hypervisor hands over.
 struct Made {
     name: &'static str,
     device: Box<dyn Device>,
-    thread: Option<ThreadKind>,
+    thread: Option<Threads>,
+    handed: usize,
+}
+
+/// The kind of thread of a device, by its transport.
+struct Threads {
+    mmio: ThreadKind,
+    vhost_user: ThreadKind,
+}
+
+impl Threads {
+    fn both(kind: ThreadKind) -> Self {
+        Self {
+            mmio: kind,
+            vhost_user: kind,
+        }
+    }
 }
 
 impl Devices {
@@ -112,33 +140,90 @@ impl Devices {
         main: &mut Worker,
         confine: &Confine,
     ) -> Result<Self, DevicesError> {
-        let mut devices = Self {
-            of_main: Vec::new(),
-            threads: Vec::new(),
-        };
+        let mut devices = Self::default();
         for spec in specs {
-            let Made {
-                name,
-                device,
-                thread,
-            } = make(spec)?;
-            let run = |source| DevicesError::Run { name, source };
-            match thread {
-                None => {
-                    let transport = plug(machine, name, device, main)?;
-                    main.add(transport.clone()).map_err(run)?;
-                    devices.of_main.push(transport);
-                }
-                Some(kind) => {
-                    let mut worker = Worker::new().map_err(run)?;
-                    let transport = plug(machine, name, device, &worker)?;
-                    worker.add(transport).map_err(run)?;
-                    let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
-                    devices.threads.push(thread.map_err(run)?);
-                }
-            }
+            let made = make(spec)?;
+            let name = made.name;
+            let thread = made.thread.as_ref().map(|threads| threads.mmio);
+            let mut plugged = Vec::new();
+            devices.run(name, thread, main, confine, |worker| {
+                let transport = plug(machine, name, made.device, worker)?;
+                plugged.push(transport.clone());
+                Ok(transport)
+            })?;
+            devices.mmio.append(&mut plugged);
         }
         Ok(devices)
+    }
+
+    /// Makes the devices of `specs` and serves each through its socket, connected to a hypervisor elsewhere. Each runs
+    /// where [`Self::connect`] would have it run. `on_end` hears, on the thread of the device, of a connection that ended.
+    ///
+    /// # Errors
+    /// See [`DevicesError`].
+    pub fn serve(
+        specs: Vec<(DeviceSpec, UnixStream)>,
+        main: &mut Worker,
+        confine: &Confine,
+        on_end: &OnEnd,
+    ) -> Result<Self, DevicesError> {
+        let mut devices = Self::default();
+        for (spec, socket) in specs {
+            let made = make(spec)?;
+            let name = made.name;
+            let thread = made.thread.as_ref().map(|threads| threads.vhost_user);
+            let mut served = Vec::new();
+            devices.run(name, thread, main, confine, |worker| {
+                let transport = VhostUserTransport::new(
+                    name,
+                    made.device,
+                    made.handed,
+                    socket,
+                    worker.watcher(),
+                    on_end.clone(),
+                );
+                served.push(transport.clone());
+                Ok(transport)
+            })?;
+            devices.vhost_user.append(&mut served);
+        }
+        Ok(devices)
+    }
+
+    /// Has a device run in `main`, or on a thread of its own of kind `thread`, behind the transport that `transport`
+    /// makes for the event loop.
+    fn run<T: Transport + 'static>(
+        &mut self,
+        name: &'static str,
+        thread: Option<ThreadKind>,
+        main: &mut Worker,
+        confine: &Confine,
+        transport: impl FnOnce(&Worker) -> Result<Arc<T>, DevicesError>,
+    ) -> Result<(), DevicesError> {
+        let run = |source| DevicesError::Run { name, source };
+        match thread {
+            None => {
+                let transport = transport(main)?;
+                main.add(transport.clone()).map_err(run)?;
+                self.of_main.push(transport);
+            }
+            Some(kind) => {
+                let mut worker = Worker::new().map_err(run)?;
+                let transport = transport(&worker)?;
+                worker.add(transport).map_err(run)?;
+                let thread = WorkerThread::spawn(name, worker, kind, confine.clone());
+                self.threads.push(thread.map_err(run)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where guest memory is mapped for the devices that a hypervisor elsewhere uses.
+    pub fn guest_ranges(&self) -> Vec<Range<u64>> {
+        let transports = self.vhost_user.iter();
+        transports
+            .flat_map(|transport| transport.guest_ranges())
+            .collect()
     }
 
     /// Ends the devices' use, each on its own thread, and their threads. The vCPUs must have stopped.
@@ -147,6 +232,30 @@ impl Devices {
         for transport in &self.of_main {
             transport.shut_down();
         }
+    }
+
+    /// Holds every device still.
+    pub fn freeze(&self) -> Vec<Frozen<'_>> {
+        self.mmio.iter().map(|device| device.freeze()).collect()
+    }
+
+    /// Makes the devices, none of which was used yet, those that were saved. After the machine has its state
+    /// ([`Machine::spawn`]), before it runs.
+    ///
+    /// # Errors
+    /// They are not the same devices in the same order.
+    pub fn restore(&self, saved: &[DeviceState]) -> Result<(), SnapshotError> {
+        if saved.len() != self.mmio.len() {
+            return Err(SnapshotError::Shape {
+                what: "a number of devices of",
+                saved: saved.len().to_string(),
+                wanted: self.mmio.len().to_string(),
+            });
+        }
+        for (transport, saved) in self.mmio.iter().zip(saved) {
+            transport.restore(saved)?;
+        }
+        Ok(())
     }
 }
 
@@ -176,19 +285,24 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
         } => Made {
             name: "block",
             device: Box::new(Block::new(file, read_only, &serial).map_err(DevicesError::Block)?),
-            thread: Some(ThreadKind::Block),
+            // A hypervisor elsewhere has disks of its own.
+            thread: Some(Threads::both(ThreadKind::Block)),
+            handed: 1,
         },
         DeviceSpec::Rng => Made {
             name: "rng",
             device: Box::new(Rng::new()),
             thread: None,
+            handed: 1,
         },
         // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
         // that reads what strangers send has the smallest filter.
         DeviceSpec::Net { tap, mac, mtu } => Made {
             name: "net",
             device: Box::new(Net::new(tap, mac, mtu)),
-            thread: Some(ThreadKind::Net),
+            // As with disks.
+            thread: Some(Threads::both(ThreadKind::Net)),
+            handed: 2,
         },
         DeviceSpec::Vsock {
             guest_cid,
@@ -200,11 +314,17 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
                     .map_err(DevicesError::Vsock)?,
             ),
             thread: None,
+            // The event queue stays with the hypervisor.
+            handed: 2,
         },
         DeviceSpec::Fs { tag } => Made {
             name: "fs",
             device: Box::new(Fs::new(&tag, Path::new(jail::SHARE)).map_err(DevicesError::Fs)?),
-            thread: Some(ThreadKind::Fs),
+            thread: Some(Threads {
+                mmio: ThreadKind::Fs,
+                vhost_user: ThreadKind::VhostUserFs,
+            }),
+            handed: 2,
         },
     })
 }

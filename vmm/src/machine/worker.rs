@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::device::{Readiness, Watcher};
 use crate::jail::ThreadKind;
 use crate::machine::Confine;
-use crate::transport::mmio::MmioTransport;
+use crate::transport::Transport;
 
 /// How many ready descriptors one wait returns at most.
 const BATCH: usize = 32;
@@ -20,9 +20,9 @@ const BATCH: usize = 32;
 /// Who is told that a descriptor is ready.
 #[derive(Clone)]
 enum Target {
-    /// The driver kicked this queue.
-    Kick(Arc<MmioTransport>, usize),
-    /// The device of this index watches it under this token.
+    /// The transport of this index watches it for itself under this token.
+    Transport(usize, u64),
+    /// The device behind the transport of this index does.
     Device(usize, u64),
     /// The owner of the loop, by the token it chose.
     Owner(u64),
@@ -73,10 +73,11 @@ impl Shared {
     }
 }
 
-/// Watches for one device of a loop.
+/// Watches for one device of a loop, or for its transport.
 struct DeviceWatcher {
     shared: Arc<Shared>,
-    device: usize,
+    index: usize,
+    target: fn(usize, u64) -> Target,
 }
 
 impl Watcher for DeviceWatcher {
@@ -85,7 +86,7 @@ impl Watcher for DeviceWatcher {
         events.set(EventSet::IN, interest.read);
         events.set(EventSet::OUT, interest.write);
         self.shared
-            .watch(fd, Target::Device(self.device, token), events)
+            .watch(fd, (self.target)(self.index, token), events)
     }
 
     fn unwatch(&self, fd: RawFd) -> io::Result<()> {
@@ -96,7 +97,7 @@ impl Watcher for DeviceWatcher {
 /// An event loop and the devices that it runs.
 pub struct Worker {
     shared: Arc<Shared>,
-    devices: Vec<Arc<MmioTransport>>,
+    devices: Vec<Arc<dyn Transport>>,
 }
 
 impl Worker {
@@ -117,9 +118,14 @@ impl Worker {
 
     /// The watcher to make the next device's transport with, which [`Self::add`] then takes.
     pub fn watcher(&self) -> Arc<dyn Watcher + Send + Sync> {
+        self.watcher_for(Target::Device)
+    }
+
+    fn watcher_for(&self, target: fn(usize, u64) -> Target) -> Arc<dyn Watcher + Send + Sync> {
         Arc::new(DeviceWatcher {
             shared: self.shared.clone(),
-            device: self.devices.len(),
+            index: self.devices.len(),
+            target,
         })
     }
 
@@ -127,11 +133,8 @@ impl Worker {
     ///
     /// # Errors
     /// `epoll_ctl` failed.
-    pub fn add(&mut self, transport: Arc<MmioTransport>) -> io::Result<()> {
-        for (index, kick) in transport.kicks().iter().enumerate() {
-            let target = Target::Kick(transport.clone(), index);
-            self.shared.watch(kick.as_raw_fd(), target, EventSet::IN)?;
-        }
+    pub fn add(&mut self, transport: Arc<dyn Transport>) -> io::Result<()> {
+        transport.start(self.watcher_for(Target::Transport))?;
         self.devices.push(transport);
         Ok(())
     }
@@ -142,6 +145,14 @@ impl Worker {
     /// `epoll_ctl` failed.
     pub fn watch(&self, fd: RawFd, token: u64) -> io::Result<()> {
         self.shared.watch(fd, Target::Owner(token), EventSet::IN)
+    }
+
+    /// Stops watching a descriptor of the loop's owner.
+    ///
+    /// # Errors
+    /// It was not watched.
+    pub fn unwatch(&self, fd: RawFd) -> io::Result<()> {
+        self.shared.unwatch(fd)
     }
 
     /// Ends the use of every device of this loop, on the thread that runs it: only that thread's filter has the
@@ -165,12 +176,10 @@ impl Worker {
             // Looked up one by one, and the lock let go: a device may watch and unwatch while it runs.
             let target = self.shared.watched().targets.get(&event.data()).cloned();
             match target {
-                Some(Target::Kick(transport, index)) => {
-                    if let Some(kick) = transport.kicks().get(index) {
-                        // Emptied first, so that a kick while the device runs comes back.
-                        let _ = kick.read();
+                Some(Target::Transport(index, token)) => {
+                    if let Some(transport) = self.devices.get(index) {
+                        transport.ready(token);
                     }
-                    transport.kick(index);
                 }
                 Some(Target::Device(device, token)) => {
                     if let Some(transport) = self.devices.get(device) {

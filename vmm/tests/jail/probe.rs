@@ -49,6 +49,7 @@ pub fn main(name: &str, words: Vec<String>) {
         uid: orders.number("uid", 64_999),
         gid: orders.number("gid", 64_998),
         keep_fds,
+        companion: None,
         pid_fd: orders.get("pid_fd").map(|fd| fd.parse().unwrap()),
     };
     let entered = match jail::enter(&jail) {

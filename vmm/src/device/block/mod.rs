@@ -21,6 +21,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 
+use super::lent::{Lent, broken, read_config};
 use super::{Device, DeviceError, Resources, Watcher};
 use request::Chain;
 
@@ -59,7 +60,7 @@ pub enum BlockError {
 pub struct Block {
     image: file::Image,
     id: [u8; ID_BYTES],
-    active: Option<Resources>,
+    active: Lent,
 }
 
 impl Block {
@@ -79,7 +80,7 @@ impl Block {
         Ok(Self {
             image: file::Image::new(file, bytes, read_only),
             id,
-            active: None,
+            active: Lent::default(),
         })
     }
 
@@ -129,15 +130,7 @@ impl Device for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let config = self.config();
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-            .unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_config(&self.config(), offset, data);
     }
 
     fn activate(
@@ -145,31 +138,15 @@ impl Device for Block {
         resources: Resources,
         _watcher: Arc<dyn Watcher + Send + Sync>,
     ) -> Result<(), DeviceError> {
-        if self.active.is_some() {
-            return Err(DeviceError::State("it is active already"));
-        }
-        if resources.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::State("it has one queue"));
-        }
-        self.active = Some(resources);
-        Ok(())
+        self.active.take_up(resources, QUEUE_SIZES.len())
     }
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
-        let resources = self
-            .active
-            .as_mut()
-            .ok_or(DeviceError::State("it is inactive"))?;
+        let resources = self.active.get()?;
         let memory = resources.memory.memory();
-        let broken = |source| DeviceError::Queue {
-            queue: index,
-            source,
-        };
+        let broken = broken(index);
         loop {
-            let queue = resources
-                .queues
-                .get_mut(index)
-                .ok_or(DeviceError::State("no such queue"))?;
+            let queue = resources.queue(index)?;
             queue.disable_notification(&*memory).map_err(broken)?;
             // An index that runs ahead of the ring is an error here.
             let chains: Vec<_> = queue.iter(memory.clone()).map_err(broken)?.collect();
@@ -189,7 +166,7 @@ impl Device for Block {
     }
 
     fn reset(&mut self) -> Option<Resources> {
-        self.active.take()
+        self.active.give_back()
     }
 }
 

@@ -28,12 +28,13 @@ use rustix::process::Resource;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryMmap};
 
 use self::budget::Budget;
 use self::guarded::Guarded;
-use super::{Device, DeviceError, Resources, Watcher};
+use super::lent::{Lent, broken, pop, read_config};
+use super::{Device, DeviceError, Resources, SnapshotStep, Watcher};
 
 /// How long the guest may believe a name or an attribute without asking again.
 pub const VALIDITY: Duration = Duration::from_secs(1);
@@ -41,13 +42,13 @@ pub const VALIDITY: Duration = Duration::from_secs(1);
 /// Bytes of the tag, padded with zeros.
 const TAG_LEN: usize = 36;
 
-/// Queue of requests that must not wait (`FORGET`).
-const HIPRIO: usize = 0;
-/// Queue of all other requests.
-const REQUEST: usize = 1;
-
-// A request of 256 pages, the most that the server agrees to, and its headers fit the second queue.
+// First the queue of requests that must not wait (`FORGET`), then that of all others: a request of 256 pages, the most
+// that the server agrees to, and its headers fit it.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
+#[cfg(test)]
+const HIPRIO: usize = 0;
+#[cfg(test)]
+const REQUEST: usize = 1;
 
 /// The longest request: 1 MiB of data and its headers.
 const MAX_REQUEST: u64 = (1 << 20) + (1 << 16);
@@ -81,7 +82,7 @@ pub struct Fs {
     tag: [u8; TAG_LEN],
     server: Server<Arc<Guarded>>,
     guarded: Arc<Guarded>,
-    active: Option<Resources>,
+    active: Lent,
 }
 
 impl Fs {
@@ -128,17 +129,17 @@ impl Fs {
             })?,
             server: Server::new(guarded.clone()),
             guarded,
-            active: None,
+            active: Lent::default(),
         })
     }
 
     // Serves every request of queue `index`. A driver that never stops asking keeps this thread busy, and nobody
     // else: vCPUs that are paused or stopped ask nothing.
     fn serve_queue(&mut self, index: usize) -> Result<(), DeviceError> {
-        let resources = self.active.as_mut().ok_or(INACTIVE)?;
+        let resources = self.active.get()?;
         let guard = resources.memory.memory();
         loop {
-            let queue = resources.queues.get_mut(index).ok_or(INACTIVE)?;
+            let queue = resources.queue(index)?;
             let Some(chain) = pop(queue, &guard, index)? else {
                 // Looks once more after asking for kicks, lest a request that comes in between be missed.
                 if queue.enable_notification(&*guard).map_err(broken(index))? {
@@ -221,20 +222,6 @@ fn refuse(header: &InHeader, mut writer: VirtioFsWriter<'_>) -> u32 {
     }
 }
 
-const INACTIVE: DeviceError = DeviceError::State("the file system is not active");
-
-fn broken(queue: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
-    move |source| DeviceError::Queue { queue, source }
-}
-
-fn pop<'m>(
-    queue: &mut Queue,
-    memory: &'m GuestMemoryMmap,
-    index: usize,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
-    Ok(queue.iter(memory).map_err(broken(index))?.next())
-}
-
 impl Device for Fs {
     fn id(&self) -> u32 {
         VIRTIO_ID_FS
@@ -251,17 +238,7 @@ impl Device for Fs {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // `struct virtio_fs_config`: the tag, then the number of request queues.
         let queues = 1_u32.to_le_bytes();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (position, byte) in data.iter_mut().enumerate() {
-            let at = from.saturating_add(position);
-            *byte = self
-                .tag
-                .iter()
-                .chain(&queues)
-                .nth(at)
-                .copied()
-                .unwrap_or_default();
-        }
+        read_config(&[&self.tag[..], &queues].concat(), offset, data);
     }
 
     fn activate(
@@ -269,25 +246,24 @@ impl Device for Fs {
         resources: Resources,
         _watcher: Arc<dyn Watcher + Send + Sync>,
     ) -> Result<(), DeviceError> {
-        if self.active.is_some() {
-            return Err(DeviceError::State("the file system is active already"));
-        }
-        if resources.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::State("the file system has two queues"));
-        }
-        self.active = Some(resources);
-        Ok(())
+        self.active.take_up(resources, QUEUE_SIZES.len())
     }
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
-        match index {
-            HIPRIO | REQUEST => self.serve_queue(index),
-            _ => Err(DeviceError::State("the file system has two queues")),
+        self.serve_queue(index)
+    }
+
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            SnapshotStep::Save(_) if self.guarded.is_mounted() => {
+                Err(DeviceError::State("the guest has it mounted"))
+            }
+            _ => Ok(()),
         }
     }
 
     fn reset(&mut self) -> Option<Resources> {
-        let resources = self.active.take()?;
+        let resources = self.active.give_back()?;
         // A driver that starts anew knows of no file.
         self.guarded.destroy();
         Some(resources)

@@ -3,12 +3,14 @@ use std::fmt::Write;
 
 use super::*;
 
-const KINDS: [ThreadKind; 5] = [
+const KINDS: [ThreadKind; 7] = [
     ThreadKind::Main,
     ThreadKind::Vcpu,
     ThreadKind::Block,
     ThreadKind::Net,
     ThreadKind::Fs,
+    ThreadKind::VhostUserMain,
+    ThreadKind::VhostUserFs,
 ];
 
 fn render(kind: ThreadKind) -> String {

@@ -6,23 +6,27 @@
 //! registers' first.
 
 mod registers;
+mod state;
 #[cfg(test)]
 mod tests;
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::{Transport, guarded, lock};
 use crate::device::{Device, DeviceError, GuestMemory, Interrupt, Readiness, Resources, Watcher};
 use crate::machine::bus::BusDevice;
 
 pub use registers::{QueueState, TransportState};
 use registers::{Register, StatusChange};
+pub use state::Frozen;
 
 /// Bytes of guest-physical address space that a device answers in.
 pub const WINDOW: u64 = 0x1000;
@@ -147,17 +151,6 @@ impl MmioTransport {
         self.run("kicked", |device| device.kick(index));
     }
 
-    /// Hands a ready file descriptor to the device, on the worker's thread.
-    pub fn event(&self, token: u64, readiness: Readiness) {
-        self.run("handling an event", |device| device.event(token, readiness));
-    }
-
-    /// Ends the device's use, as the driver's reset does: its connections are closed.
-    pub fn shut_down(&self) {
-        let mut registers = lock(&self.registers);
-        self.reset(&mut registers);
-    }
-
     fn run(&self, doing: &str, call: impl FnOnce(&mut dyn Device) -> Result<(), DeviceError>) {
         let mut slot = lock(&self.slot);
         if !slot.active || self.failed.load(Ordering::SeqCst) {
@@ -184,18 +177,22 @@ impl MmioTransport {
             .build_queues(&*self.memory.memory())
             .ok_or_else(|| "a queue is not set up".to_owned())
             .and_then(|queues| {
-                let resources = Resources {
-                    memory: self.memory.clone(),
-                    queues,
-                    interrupt: self.interrupt.clone(),
-                    features: registers.driver_features,
-                };
+                let resources = self.resources(registers, queues);
                 let watcher = self.watcher.clone();
                 guarded(|| slot.device.activate(resources, watcher))
             });
         match outcome {
             Ok(()) => slot.active = true,
             Err(failure) => self.fail(&mut slot, "on activation", &failure),
+        }
+    }
+
+    fn resources(&self, registers: &TransportState, queues: Vec<Queue>) -> Resources {
+        Resources {
+            memory: self.memory.clone(),
+            queues,
+            interrupt: self.interrupt.clone(),
+            features: registers.driver_features,
         }
     }
 
@@ -265,6 +262,36 @@ impl MmioTransport {
     }
 }
 
+impl Transport for MmioTransport {
+    fn start(&self, watcher: Arc<dyn Watcher + Send + Sync>) -> io::Result<()> {
+        let readable = Readiness {
+            read: true,
+            write: false,
+        };
+        (0..)
+            .zip(&self.kicks)
+            .try_for_each(|(index, kick)| watcher.watch(kick.as_raw_fd(), index, readable))
+    }
+
+    fn ready(&self, token: u64) {
+        let index = usize::try_from(token).unwrap_or(usize::MAX);
+        if let Some(kick) = self.kicks.get(index) {
+            // Emptied first, so that a kick while the device runs comes back.
+            let _ = kick.read();
+            self.kick(index);
+        }
+    }
+
+    fn event(&self, token: u64, readiness: Readiness) {
+        self.run("handling an event", |device| device.event(token, readiness));
+    }
+
+    fn shut_down(&self) {
+        let mut registers = lock(&self.registers);
+        self.reset(&mut registers);
+    }
+}
+
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -285,29 +312,6 @@ impl BusDevice for MmioTransport {
             self.write_register(register, u32::from_le_bytes(bytes));
         }
     }
-}
-
-/// A device's panic left nothing that cannot be reset: its lock stays usable.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Runs device code: an error or, in builds that unwind, a panic comes back as text.
-fn guarded(call: impl FnOnce() -> Result<(), DeviceError>) -> Result<(), String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(())) => Ok(()),
-        // It has its source's words in its own.
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(panic) => Err(format!("panic: {}", panic_text(panic.as_ref()))),
-    }
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message")
 }
 
 /// The feature bit without which a device is a legacy one.

@@ -1,0 +1,231 @@
+//! QEMU's `microvm` machine in software emulation, with our own devices over vhost-user: for hosts without KVM.
+//!
+//! One jailed `cella-vmm` serves vsock and the shared directory, and has QEMU as its companion in the same namespaces:
+//! the end of either ends the other, and the door speaks `vmm.proto` with it as with one on KVM.
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | `clock` | the frequency of the host's time stamp counter, which the guest must be told |
+//! | `command` | QEMU's command line |
+
+mod clock;
+mod command;
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use async_trait::async_trait;
+use cella_proto::vmm::{Configure, Device, Fs, Vsock, device};
+
+use self::command::Console;
+use super::process::{self, FIRST_FD, GUEST_CID, SHARE_TAG, VmmProcess, open};
+use super::{Error, Hypervisor, Vm, VmSpec};
+
+/// The oldest QEMU that has all that is asked of it: `acpi=off` of microvm, vhost-user-vsock, memory-backend.
+const OLDEST: (u32, u32) = (5, 2);
+
+/// The hypervisor of this module.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    program: PathBuf,
+    clock: clock::Sample,
+}
+
+impl Qemu {
+    /// The QEMU at `program`, a path, or a name that PATH leads to.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]: there is none.
+    pub fn find(program: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            program: resolve(program)?,
+            clock: clock::Sample::take(),
+        })
+    }
+
+    /// Its path.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Its version, checked.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`]: it cannot say its version, or is too old.
+    pub fn version(&self) -> Result<String, Error> {
+        let unusable = |reason| Error::Unusable {
+            path: self.program.clone(),
+            reason,
+        };
+        let said = Command::new(&self.program)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|e| unusable(format!("asking its version: {e}")))?;
+        let text = String::from_utf8_lossy(&said.stdout).into_owned();
+        let version = parse_version(&text)
+            .ok_or_else(|| unusable("it does not say a version: is it QEMU?".into()))?;
+        let (major, minor) = version;
+        if version < OLDEST {
+            return Err(unusable(format!(
+                "QEMU {major}.{minor} is too old: {}.{} or newer is needed",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        Ok(format!("{major}.{minor}"))
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
+        open("opening the guest kernel", &spec.kernel)?;
+        open("opening the guest image", &spec.initrd)?;
+        let (vm, configure, fds) = self.spawn(&spec)?;
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        match vm.start(configure, &fds).await {
+            Ok(()) => {
+                // It may be too old for its command line: that says more than what it complains of.
+                let qemu = self.clone();
+                let explain = move || qemu.version().err().map(|error| error.to_string());
+                Ok(Box::new(vm.explain_with(Box::new(explain))))
+            }
+            Err(error @ Error::Gone { .. }) => Err(self.version().err().unwrap_or(error)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Qemu {
+    /// Starts the VMM and QEMU in its jail, and says what to configure the VMM with.
+    fn spawn(&self, spec: &VmSpec) -> Result<(VmmProcess, Configure, Vec<OwnedFd>), Error> {
+        let action = || format!("starting {}", self.program.display());
+        let host = |error| Error::host(action(), error);
+        let (vsock, its_vsock) = UnixStream::pair().map_err(host)?;
+        let (share, its_share) = UnixStream::pair().map_err(host)?;
+        let mut inherited: Vec<OwnedFd> = vec![its_vsock.into(), its_share.into()];
+        let console = match &spec.console {
+            Some(file) => {
+                let (console, fd) = console(file.as_fd(), FIRST_FD + 2).map_err(host)?;
+                inherited.push(fd);
+                Some(console)
+            }
+            None => None,
+        };
+        let line = command::Line {
+            vsock_fd: FIRST_FD,
+            share_fd: FIRST_FD + 1,
+            console,
+            tsc_khz: self.clock.khz(),
+        };
+        let mut arguments: Vec<OsString> = vec!["--companion".into(), (&self.program).into()];
+        arguments.extend(["--companion-kernel".into(), (&spec.kernel).into()]);
+        arguments.extend(["--companion-initrd".into(), (&spec.initrd).into()]);
+        for (number, _) in (FIRST_FD..).zip(&inherited) {
+            arguments.extend(["--companion-fd".into(), number.to_string().into()]);
+        }
+        arguments.push("--".into());
+        arguments.extend(line.arguments(spec).into_iter().map(OsString::from));
+        let inherited: Vec<_> = inherited.iter().map(AsFd::as_fd).collect();
+        let vm = process::spawn(spec, &arguments, &inherited)?;
+        let listener = UnixListener::bind(&spec.vsock)
+            .map_err(|e| Error::host(format!("binding {}", spec.vsock.display()), e))?;
+        let fds = vec![listener.into(), vsock.into(), share.into()];
+        Ok((vm, configure(), fds))
+    }
+}
+
+/// The indexes are those of the descriptors that [`Qemu::spawn`] returns.
+fn configure() -> Configure {
+    let device = |device, socket| Device {
+        device: Some(device),
+        vhost_user_fd: Some(socket),
+        ..Default::default()
+    };
+    let vsock = device::Device::Vsock(Vsock {
+        guest_cid: GUEST_CID,
+        listener_fd: 0,
+        ..Default::default()
+    });
+    let share = device::Device::Fs(Fs {
+        tag: SHARE_TAG.into(),
+        ..Default::default()
+    });
+    Configure {
+        devices: vec![device(vsock, 1), device(share, 2)],
+        ..Default::default()
+    }
+}
+
+/// A descriptor that QEMU can use for the guest's console, which it will have as number `fd`.
+fn console(file: std::os::fd::BorrowedFd<'_>, fd: i32) -> io::Result<(Console, OwnedFd)> {
+    if rustix::net::sockopt::socket_type(file).is_ok() {
+        return Ok((Console::Socket(fd), file.try_clone_to_owned()?));
+    }
+    // QEMU insists on a descriptor that is for writing only.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let file = OpenOptions::new().append(true).open(path)?;
+    Ok((Console::File(fd), file.into()))
+}
+
+/// The program's path, without symbolic links: it must be found in a root that has only parts of the host's.
+fn resolve(program: &Path) -> Result<PathBuf, Error> {
+    let missing = |source| Error::Missing {
+        what: "looking for QEMU (install qemu-system-x86, or name it with --qemu):",
+        path: program.into(),
+        source,
+    };
+    let found = if program.components().count() > 1 {
+        Some(program.to_path_buf())
+    } else {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path)
+            .map(|dir| dir.join(program))
+            .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
+    };
+    let found = found.ok_or_else(|| missing(io::ErrorKind::NotFound.into()))?;
+    rustix::fs::access(&found, rustix::fs::Access::EXEC_OK).map_err(|e| missing(e.into()))?;
+    found.canonicalize().map_err(missing)
+}
+
+/// The two leading numbers of `QEMU emulator version 7.2.22 (...)`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let (_, rest) = text.split_once("version ")?;
+    let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)\nCopyright (c)";
+        assert_eq!(parse_version(debian), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0"), Some((10, 0)));
+        for text in ["", "version", "version x.y", "GNU bash, version"] {
+            assert_eq!(parse_version(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_qemu_that_is_not_there_is_named() {
+        for name in ["/nonexistent/qemu", "no-such-qemu"] {
+            let error = Qemu::find(Path::new(name)).unwrap_err().to_string();
+            assert!(
+                error.contains(name) && error.contains("qemu-system-x86"),
+                "{error}"
+            );
+        }
+    }
+}
