@@ -22,6 +22,8 @@ pub(super) struct Line {
     /// Connected to our file system device.
     pub(super) share_fd: RawFd,
     pub(super) console: Option<Console>,
+    /// The tap of the first network interface; those of the others follow.
+    pub(super) first_nic_fd: RawFd,
     /// Of the host's time stamp counter.
     pub(super) tsc_khz: u64,
 }
@@ -71,6 +73,16 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
+        for (fd, nic) in (self.first_nic_fd..).zip(&spec.nics) {
+            let [a, b, c, d, e, f] = nic.mac;
+            let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+            add(&["-netdev", &format!("tap,id=net{fd},fd={fd},vhost=off")]);
+            let mtu = nic.mtu;
+            add(&[
+                "-device",
+                &format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
+            ]);
+        }
         match self.console {
             Some(Console::File(fd)) => {
                 add(&["-add-fd", &format!("fd={fd},set=1")]);
