@@ -152,6 +152,15 @@ impl Guest {
         self.front.set_vring_enable(0, true).unwrap();
     }
 
+    /// Starts a queue of `size` entries; the last request may fail.
+    fn try_start(&mut self, size: u16, rings: &VringConfigData) {
+        self.front.set_mem_table(&[self.region()]).unwrap();
+        self.front.set_vring_num(0, size).unwrap();
+        self.front.set_vring_addr(0, rings).unwrap();
+        self.front.set_vring_kick(0, &self.kick).unwrap();
+        let _ = self.front.set_vring_enable(0, true);
+    }
+
     /// Offers the `number`-th buffer, of 32 bytes.
     fn offer(&self, number: u16) {
         let at = |base: u64, offset: u16| GuestAddress(base + u64::from(offset));
@@ -258,13 +267,9 @@ fn what_cannot_be_is_refused() {
             "rings that reach out of memory",
             SealFlags::SHRINK,
             |guest| {
-                guest.front.set_mem_table(&[guest.region()]).unwrap();
-                guest.front.set_vring_num(0, 16).unwrap();
                 let mut rings = Guest::rings();
                 rings.desc_table_addr = NAME + BYTES - 16;
-                guest.front.set_vring_addr(0, &rings).unwrap();
-                guest.front.set_vring_kick(0, &guest.kick).unwrap();
-                let _ = guest.front.set_vring_enable(0, true);
+                guest.try_start(16, &rings);
             },
         ),
         ("queues before memory", SealFlags::SHRINK, |guest| {
@@ -275,11 +280,7 @@ fn what_cannot_be_is_refused() {
             "a size that is no power of two",
             SealFlags::SHRINK,
             |guest| {
-                guest.front.set_mem_table(&[guest.region()]).unwrap();
-                guest.front.set_vring_num(0, 15).unwrap();
-                guest.front.set_vring_addr(0, &Guest::rings()).unwrap();
-                guest.front.set_vring_kick(0, &guest.kick).unwrap();
-                let _ = guest.front.set_vring_enable(0, true);
+                guest.try_start(15, &Guest::rings());
             },
         ),
         ("a queue that is not there", SealFlags::SHRINK, |guest| {
