@@ -22,6 +22,8 @@ pub(super) struct Line {
     /// Connected to our file system device.
     pub(super) share_fd: RawFd,
     pub(super) console: Option<Console>,
+    /// The tap of the first interface; the others' follow.
+    pub(super) first_nic_fd: RawFd,
     /// Of the host's time stamp counter.
     pub(super) tsc_khz: u64,
 }
@@ -71,6 +73,15 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
+        for (number, (fd, nic)) in (self.first_nic_fd..).zip(&spec.nics).enumerate() {
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let mtu = nic.mtu;
+            add(&["-netdev", &format!("tap,id=net{number},fd={fd}")]);
+            add(&[
+                "-device",
+                &format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
+            ]);
+        }
         match self.console {
             Some(Console::File(fd)) => {
                 add(&["-add-fd", &format!("fd={fd},set=1")]);

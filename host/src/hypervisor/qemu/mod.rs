@@ -121,10 +121,15 @@ impl Qemu {
             }
             None => None,
         };
+        let first_nic_fd = FIRST_FD + inherited.len() as i32;
+        for nic in &spec.nics {
+            inherited.push(nic.tap.try_clone().map_err(host)?);
+        }
         let line = command::Line {
             vsock_fd: FIRST_FD,
             share_fd: FIRST_FD + 1,
             console,
+            first_nic_fd,
             tsc_khz: self.clock.khz(),
         };
         let mut arguments: Vec<OsString> = vec!["--companion".into(), (&self.program).into()];
