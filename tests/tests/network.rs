@@ -216,7 +216,8 @@ fn a_pod_has_the_network_of_its_namespace(host: &Host, netns: &Netns) {
     until(|| !netns.state().contains("cella0")).expect("the tap goes with its descriptors");
     host.cella(&["gc"]).expect_status(0);
     assert_eq!(netns.state(), before);
-    host.cella(&["rm", "c"]).expect_status(0);
+    // Its runner has removed the record, unless `cella gc` was faster and kept it.
+    host.cella(&["rm", "c"]);
     host.assert_clean();
 }
 

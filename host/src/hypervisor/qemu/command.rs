@@ -73,14 +73,8 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
-        for (number, (fd, nic)) in (self.first_nic_fd..).zip(&spec.nics).enumerate() {
-            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
-            let mtu = nic.mtu;
-            add(&["-netdev", &format!("tap,id=net{number},fd={fd}")]);
-            add(&[
-                "-device",
-                &format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
-            ]);
+        for [netdev, device] in self.nics(spec) {
+            add(&["-netdev", &netdev, "-device", &device]);
         }
         match self.console {
             Some(Console::File(fd)) => {
@@ -97,6 +91,20 @@ impl Line {
         add(&["-kernel", "/kernel", "-initrd", "/initrd"]);
         add(&["-append", &self.kernel_words(spec)]);
         arguments
+    }
+
+    /// The two ends of each interface.
+    fn nics(&self, spec: &VmSpec) -> Vec<[String; 2]> {
+        let nics = (self.first_nic_fd..).zip(&spec.nics).enumerate();
+        nics.map(|(number, (fd, nic))| {
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let mtu = nic.mtu;
+            [
+                format!("tap,id=net{number},fd={fd}"),
+                format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
+            ]
+        })
+        .collect()
     }
 
     fn kernel_words(&self, spec: &VmSpec) -> String {
