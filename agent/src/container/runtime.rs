@@ -132,11 +132,7 @@ impl Runtime {
         let parts = validate::spec(spec)?;
         let linux = parts.linux;
         let namespaces = NamespacePlan::new(linux, shared)?;
-        let filter_of = |rules: &oci::LinuxSeccomp| {
-            let compile = || SeccompPlan::new(rules).map(Arc::new);
-            self.common.filters.get(rules, compile)
-        };
-        let seccomp = linux.seccomp().as_ref().map(filter_of).transpose()?;
+        let seccomp = self.seccomp(linux)?;
         let personality = linux
             .personality()
             .as_ref()
@@ -192,6 +188,15 @@ impl Runtime {
             ending,
             terminal,
         })
+    }
+
+    /// The system call filter, if there is to be one.
+    fn seccomp(&self, linux: &oci::Linux) -> Result<Option<Arc<SeccompPlan>>> {
+        let filter_of = |rules: &oci::LinuxSeccomp| {
+            let compile = || SeccompPlan::new(rules).map(Arc::new);
+            self.common.filters.get(rules, compile)
+        };
+        linux.seccomp().as_ref().map(filter_of).transpose()
     }
 
     /// Makes the init and brings it to where it waits for its start.

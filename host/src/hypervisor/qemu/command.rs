@@ -100,7 +100,7 @@ impl Line {
             let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
             let mtu = nic.mtu;
             [
-                format!("tap,id=net{number},fd={fd}"),
+                format!("tap,id=net{number},fd={fd},vhost=off"),
                 format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
             ]
         })

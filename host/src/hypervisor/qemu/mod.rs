@@ -121,7 +121,7 @@ impl Qemu {
             }
             None => None,
         };
-        let first_nic_fd = FIRST_FD + inherited.len() as i32;
+        let first_nic_fd = FIRST_FD.saturating_add(i32::try_from(inherited.len()).unwrap_or(0));
         for nic in &spec.nics {
             inherited.push(nic.tap.try_clone().map_err(host)?);
         }
