@@ -22,7 +22,7 @@ pub(super) struct Line {
     /// Connected to our file system device.
     pub(super) share_fd: RawFd,
     pub(super) console: Option<Console>,
-    /// The tap of the first network interface; those of the others follow.
+    /// The tap of the first interface; the others' follow.
     pub(super) first_nic_fd: RawFd,
     /// Of the host's time stamp counter.
     pub(super) tsc_khz: u64,
@@ -73,15 +73,8 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
-        for (fd, nic) in (self.first_nic_fd..).zip(&spec.nics) {
-            let [a, b, c, d, e, f] = nic.mac;
-            let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-            add(&["-netdev", &format!("tap,id=net{fd},fd={fd},vhost=off")]);
-            let mtu = nic.mtu;
-            add(&[
-                "-device",
-                &format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
-            ]);
+        for [netdev, device] in self.nics(spec) {
+            add(&["-netdev", &netdev, "-device", &device]);
         }
         match self.console {
             Some(Console::File(fd)) => {
@@ -98,6 +91,20 @@ impl Line {
         add(&["-kernel", "/kernel", "-initrd", "/initrd"]);
         add(&["-append", &self.kernel_words(spec)]);
         arguments
+    }
+
+    /// The two ends of each interface.
+    fn nics(&self, spec: &VmSpec) -> Vec<[String; 2]> {
+        let nics = (self.first_nic_fd..).zip(&spec.nics).enumerate();
+        nics.map(|(number, (fd, nic))| {
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let mtu = nic.mtu;
+            [
+                format!("tap,id=net{number},fd={fd},vhost=off"),
+                format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
+            ]
+        })
+        .collect()
     }
 
     fn kernel_words(&self, spec: &VmSpec) -> String {
