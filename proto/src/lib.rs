@@ -14,6 +14,8 @@
 mod vmm_generated {
     include!(concat!(env!("OUT_DIR"), "/vmm/mod.rs"));
 }
+/// Messages of `pod_sandbox.proto`.
+pub use vmm_generated::pod_sandbox;
 /// Messages of `vmm.proto`.
 pub use vmm_generated::vmm;
 

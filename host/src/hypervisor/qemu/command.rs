@@ -73,15 +73,8 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
-        for (fd, nic) in (self.first_nic_fd..).zip(&spec.nics) {
-            let [a, b, c, d, e, f] = nic.mac;
-            let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-            add(&["-netdev", &format!("tap,id=net{fd},fd={fd},vhost=off")]);
-            let mtu = nic.mtu;
-            add(&[
-                "-device",
-                &format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
-            ]);
+        for word in self.interfaces(spec) {
+            add(&[&word]);
         }
         match self.console {
             Some(Console::File(fd)) => {
@@ -98,6 +91,23 @@ impl Line {
         add(&["-kernel", "/kernel", "-initrd", "/initrd"]);
         add(&["-append", &self.kernel_words(spec)]);
         arguments
+    }
+
+    /// QEMU's own network devices on the taps that it inherits.
+    fn interfaces(&self, spec: &VmSpec) -> Vec<String> {
+        let nics = (self.first_nic_fd..).zip(&spec.nics);
+        nics.flat_map(|(fd, nic)| {
+            let [a, b, c, d, e, f] = nic.mac;
+            let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+            let mtu = nic.mtu;
+            [
+                "-netdev".to_owned(),
+                format!("tap,id=net{fd},fd={fd},vhost=off"),
+                "-device".to_owned(),
+                format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
+            ]
+        })
+        .collect()
     }
 
     fn kernel_words(&self, spec: &VmSpec) -> String {
