@@ -71,6 +71,14 @@ impl Agent {
         }
     }
 
+    /// Prepares the guest before the first request.
+    ///
+    /// # Errors
+    /// A step that failed; the guest is of no use then.
+    pub fn prepare_early(&self) -> Result<(), Error> {
+        self.prepare().map(drop)
+    }
+
     /// Does what a guest needs before anything but its call to the host, once.
     fn prepare(&self) -> Result<&Prepared, Error> {
         if let Some(prepared) = self.prepared.get() {

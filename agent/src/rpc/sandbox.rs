@@ -31,6 +31,12 @@ impl Agent {
             });
         }
         crate::sandbox::set_up(request)?;
+        if !request.interfaces.is_empty() {
+            crate::forward::start(&self.options.transport).map_err(|source| Error::System {
+                what: format!("listening on port {}", crate::forward::PORT),
+                source,
+            })?;
+        }
         if request.shared_pid_namespace {
             state.shared.pid = state.pod_pids(reaper)?;
         }

@@ -6,6 +6,7 @@
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
 //! | `calls` | what it asks of its agent |
+//! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`] | what containers see of the host |
 //! | [`gc`] | what dead processes left |
@@ -14,6 +15,7 @@ pub mod agent;
 mod calls;
 pub mod dir;
 mod error;
+mod forward;
 pub mod gc;
 pub mod state;
 pub mod stdio;
@@ -35,7 +37,7 @@ pub use self::error::{Error, StartFailure};
 use self::state::{ProcessId, SandboxState};
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, Hypervisor, Nic, Vm, VmSpec};
-use crate::network::Network;
+use crate::network::{Entrance, Network};
 use crate::paths::Paths;
 use crate::timeline::Timeline;
 
@@ -78,6 +80,7 @@ pub struct Sandbox {
 }
 
 struct Owned {
+    _forward: Option<forward::Forward>,
     vm: Box<dyn Vm>,
     _lock: OwnerLock,
 }
@@ -131,9 +134,9 @@ impl Sandbox {
             .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
         dir::open_to_vmm(&dialled)?;
         let mut request = set_up_request(&spec)?;
-        let nics = match &spec.netns {
+        let (nics, entrance) = match &spec.netns {
             Some(netns) => connect(dir, netns, &mut request).await?,
-            None => Vec::new(),
+            None => (Vec::new(), None),
         };
         let mut state = SandboxState {
             id: dir.id().to_owned(),
@@ -161,10 +164,15 @@ impl Sandbox {
             .await
             .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
         timeline.mark("sandbox-set-up");
+        let forward = entrance.map(|entrance| forward::Forward::start(entrance, &dir.vsock()));
         Ok(Self {
             dir: dir.clone(),
             agent,
-            owned: Some(Owned { vm, _lock: lock }),
+            owned: Some(Owned {
+                _forward: forward.transpose()?,
+                vm,
+                _lock: lock,
+            }),
         })
     }
 
@@ -328,17 +336,17 @@ async fn connect(
     dir: &SandboxDir,
     netns: &Path,
     request: &mut SetUpSandboxRequest,
-) -> Result<Vec<Nic>, Error> {
+) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
     // The path must mean the same to whoever cleans up.
     let netns = std::path::absolute(netns)
         .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
     let network = Network::open(&netns).await?;
     dir.write_network(&network.joints)?;
-    network.join().await?;
+    let entrance = network.join().await?;
     request.interfaces = network.interfaces;
     request.routes = network.routes;
     request.neighbors = network.neighbors;
-    Ok(network.nics)
+    Ok((network.nics, entrance))
 }
 
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {

@@ -51,6 +51,8 @@ use crate::error::chain;
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
+/// This program.
+const PROGRAM: &str = "containerd-shim-cella-v2";
 /// The runtime's name in containerd's configuration.
 const NAME: &str = "io.containerd.cella.v2";
 
@@ -60,7 +62,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("containerd-shim-cella-v2: {}", chain(&error));
+            eprintln!("{PROGRAM}: {}", chain(&error));
             ExitCode::FAILURE
         }
     }

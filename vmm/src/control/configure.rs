@@ -4,12 +4,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use cella_proto::vmm::{Configure, Device, ErrorKind, Net, device};
+use cella_proto::vmm::{Configure, Device, ErrorKind, Net, Restore, device};
 
 use super::packet::Fds;
 use super::refusal::Refusal;
-use crate::machine::MachineConfig;
 use crate::machine::devices::DeviceSpec;
+use crate::machine::{MachineConfig, RestoreConfig};
+use crate::snapshot;
 
 /// Most bytes of a virtiofs tag (virtio 1.2, section 5.11.4).
 const MAX_TAG: usize = 36;
@@ -23,17 +24,58 @@ const MIN_MTU: u16 = 68;
 /// CIDs below this and the highest are not a guest's (virtio 1.2, section 5.10.4).
 const FIRST_GUEST_CID: u64 = 3;
 
+/// What a machine begins with.
+pub enum Beginning {
+    /// A kernel.
+    Boot(MachineConfig),
+    /// A snapshot.
+    Restore(RestoreConfig),
+}
+
 /// Takes a `Configure` and its file descriptors apart.
 ///
 /// # Errors
-/// A file descriptor that is missing or named twice, or a value out of its range; kernel, memory and CPUs are the
-/// machine's to judge.
+/// A file descriptor that is missing or named twice, a value out of its range, or a state file that is none; kernel,
+/// memory and CPUs are the machine's to judge.
 pub fn parse(
     configure: &Configure,
     fds: &mut Fds,
-) -> Result<(MachineConfig, Vec<DeviceSpec>), Refusal> {
+) -> Result<(Beginning, Vec<DeviceSpec>), Refusal> {
+    let beginning = match configure.restore.as_ref() {
+        Some(restore) => Beginning::Restore(saved(configure, restore, fds)?),
+        None => Beginning::Boot(booted(configure, fds)?),
+    };
+    let specs = configure
+        .devices
+        .iter()
+        .map(|device| device_spec(device, fds))
+        .collect::<Result<_, _>>()?;
+    Ok((beginning, specs))
+}
+
+fn saved(
+    configure: &Configure,
+    restore: &Restore,
+    fds: &mut Fds,
+) -> Result<RestoreConfig, Refusal> {
+    if configure.console_fd.is_some() {
+        return Err(invalid("a restored machine has no console".to_owned()));
+    }
     let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
-    let config = MachineConfig {
+    let state = file(restore.state_fd, "restore.state_fd")?;
+    Ok(RestoreConfig {
+        kvm: file(configure.kvm_fd, "kvm_fd")?,
+        memory: file(configure.memory_fd, "memory_fd")?,
+        memory_bytes: configure.memory_bytes,
+        vcpus: configure.vcpus,
+        state: snapshot::file::read(&state)
+            .map_err(Refusal::snapshot("configuring the machine: the snapshot"))?,
+    })
+}
+
+fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal> {
+    let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
+    Ok(MachineConfig {
         kvm: file(configure.kvm_fd, "kvm_fd")?,
         memory: file(configure.memory_fd, "memory_fd")?,
         memory_bytes: configure.memory_bytes,
@@ -48,13 +90,7 @@ pub fn parse(
             .console_fd
             .map(|index| file(index, "console_fd"))
             .transpose()?,
-    };
-    let specs = configure
-        .devices
-        .iter()
-        .map(|device| device_spec(device, fds))
-        .collect::<Result<_, _>>()?;
-    Ok((config, specs))
+    })
 }
 
 /// Takes a `Configure` for a VMM with a companion apart: its devices, and the socket of each.
@@ -127,7 +163,8 @@ fn net_spec(net: &Net, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
     })
 }
 
-fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {
+/// The file descriptor of `index`, which the request calls `what`.
+pub fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {
     fds.take(index).ok_or_else(|| {
         invalid(format!(
             "{what}: no file descriptor {index} came with the request, or it is named twice"

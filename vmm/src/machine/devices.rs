@@ -7,6 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
+use cella_proto::snapshot::DeviceState;
+
 use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
@@ -16,8 +18,9 @@ use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
 use crate::jail::{self, ThreadKind};
+use crate::snapshot::SnapshotError;
 use crate::transport::Transport;
-use crate::transport::mmio::MmioTransport;
+use crate::transport::mmio::{Frozen, MmioTransport};
 use crate::transport::vhost_user::{OnEnd, VhostUserTransport};
 
 /// A device as it was asked for, its files open.
@@ -95,6 +98,8 @@ pub struct Devices {
     /// Those that run on the main thread.
     of_main: Vec<Arc<dyn Transport>>,
     threads: Vec<WorkerThread>,
+    /// Those behind registers, in the order in which they were asked for.
+    mmio: Vec<Arc<MmioTransport>>,
     /// Those that a hypervisor elsewhere uses.
     vhost_user: Vec<Arc<VhostUserTransport>>,
 }
@@ -140,9 +145,13 @@ impl Devices {
             let made = make(spec)?;
             let name = made.name;
             let thread = made.thread.as_ref().map(|threads| threads.mmio);
+            let mut plugged = Vec::new();
             devices.run(name, thread, main, confine, |worker| {
-                plug(machine, name, made.device, worker)
+                let transport = plug(machine, name, made.device, worker)?;
+                plugged.push(transport.clone());
+                Ok(transport)
             })?;
+            devices.mmio.append(&mut plugged);
         }
         Ok(devices)
     }
@@ -223,6 +232,30 @@ impl Devices {
         for transport in &self.of_main {
             transport.shut_down();
         }
+    }
+
+    /// Holds every device still.
+    pub fn freeze(&self) -> Vec<Frozen<'_>> {
+        self.mmio.iter().map(|device| device.freeze()).collect()
+    }
+
+    /// Makes the devices, none of which was used yet, those that were saved. After the machine has its state
+    /// ([`Machine::spawn`]), before it runs.
+    ///
+    /// # Errors
+    /// They are not the same devices in the same order.
+    pub fn restore(&self, saved: &[DeviceState]) -> Result<(), SnapshotError> {
+        if saved.len() != self.mmio.len() {
+            return Err(SnapshotError::Shape {
+                what: "a number of devices of",
+                saved: saved.len().to_string(),
+                wanted: self.mmio.len().to_string(),
+            });
+        }
+        for (transport, saved) in self.mmio.iter().zip(saved) {
+            transport.restore(saved)?;
+        }
+        Ok(())
     }
 }
 

@@ -30,7 +30,7 @@ use super::{Error, Hypervisor, Vm, VmSpec};
 const OLDEST: (u32, u32) = (5, 2);
 
 /// The hypervisor of this module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Qemu {
     program: PathBuf,
     clock: clock::Sample,
@@ -93,8 +93,12 @@ impl Hypervisor for Qemu {
         let (vm, configure, fds) = self.spawn(&spec)?;
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         match vm.start(configure, &fds).await {
-            Ok(()) => Ok(Box::new(vm)),
-            // It may be too old for its command line: that says more than what it complains of.
+            Ok(()) => {
+                // It may be too old for its command line: that says more than what it complains of.
+                let qemu = self.clone();
+                let explain = move || qemu.version().err().map(|error| error.to_string());
+                Ok(Box::new(vm.explain_with(Box::new(explain))))
+            }
             Err(error @ Error::Gone { .. }) => Err(self.version().err().unwrap_or(error)),
             Err(error) => Err(error),
         }
