@@ -7,7 +7,7 @@ use std::io;
 use ttrpc::Code;
 
 use crate::container::{self, Kind};
-use crate::{guest, network, sandbox, streams};
+use crate::{guest, network, sandbox, streams, workers};
 
 /// Why a request could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +63,14 @@ pub enum Error {
         /// Why it failed.
         source: container::Error,
     },
+    /// No thread for it.
+    #[error("{what}")]
+    Workers {
+        /// What was being done.
+        what: String,
+        /// Why there is none.
+        source: workers::Error,
+    },
     /// Standard streams.
     #[error("connecting the standard streams of {what}")]
     Streams {
@@ -99,6 +107,7 @@ impl Error {
             Error::State { .. } => Code::FAILED_PRECONDITION,
             Error::Invalid { .. } => Code::INVALID_ARGUMENT,
             Error::Container { source, .. } => container_code(source.kind()),
+            Error::Workers { source, .. } => workers_code(source),
             Error::Streams { source, .. } => streams_code(source),
             Error::Sandbox(sandbox::Error::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Error::Sandbox(sandbox::Error::System { source, .. }) => io_code(source),
@@ -138,6 +147,13 @@ fn container_code(kind: Kind) -> Code {
         Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
         Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
         Kind::Internal => Code::INTERNAL,
+    }
+}
+
+fn workers_code(error: &workers::Error) -> Code {
+    match error {
+        workers::Error::Busy(_) | workers::Error::Thread(_) => Code::RESOURCE_EXHAUSTED,
+        workers::Error::Lost => Code::INTERNAL,
     }
 }
 

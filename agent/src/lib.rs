@@ -1,11 +1,13 @@
 //! The guest's PID 1: started by the kernel as /init, it dials the host and serves `agent.proto`.
 //!
-//! One thread does everything: a request's work between two awaits is short, and what takes long (a container's
-//! set-up) is the work of a forked child. State is behind plain mutexes that no await is under.
+//! One thread serves every request, stream and event, and does nothing that waits for a container. What may take long
+//! (a container's hooks, mounts, files and freezing) runs on threads of [`workers`]; the set-up itself is the work of a
+//! forked child. State is behind plain mutexes that no await is under.
 
 pub mod container;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod guest;
 pub mod icount;
 pub mod info;
@@ -18,3 +20,4 @@ pub mod sandbox;
 pub mod server;
 pub mod streams;
 pub mod transport;
+pub mod workers;

@@ -18,12 +18,14 @@ fn main() -> ExitCode {
             in_guest: false,
             cgroup_root: PathBuf::from(cgroups),
             icount: false,
+            template: false,
         },
         _ if rustix::process::getpid().is_init() => Options {
             transport: Transport::Vsock,
             in_guest: true,
             cgroup_root: PathBuf::from(guest::CGROUP_ROOT),
             icount: std::env::var_os(icount::VARIABLE).is_some(),
+            template: std::env::var_os(server::TEMPLATE_VARIABLE).is_some(),
         },
         _ => {
             power::report("cella-agent: this is the init process of Cella's guests\n");

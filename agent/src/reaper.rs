@@ -1,13 +1,14 @@
 //! PID 1's duty: every child that ends is waited for, those of the containers and the orphans that fall to it.
 //!
-//! The agent has one thread, so that a fork and [`Reaper::watch`] of its pid have no reaping between them
-//! unless there is an await between them. Whoever forks registers before it awaits, and no exit is lost.
+//! Processes are made on the threads of [`crate::workers`] and reaped on the agent's own. One lock is held for the
+//! fork and the note of its pid ([`Reaper::fork`]), and for each wait and the news of it, so that no child is reaped
+//! before it is known, and no number that the kernel gives away again is taken for the one it was.
 
 use std::collections::HashMap;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use tokio::io::Interest;
@@ -19,8 +20,13 @@ const SIGNAL_BASE: u32 = 128;
 /// Waits for every child of the agent.
 #[derive(Debug, Default)]
 pub struct Reaper {
-    watched: Mutex<HashMap<u32, oneshot::Sender<u32>>>,
+    watched: Mutex<Watched>,
 }
+
+type Watched = HashMap<u32, oneshot::Sender<u32>>;
+
+/// The exit status of a child, once it has ended: 0 to 255, or 128 + N for a death by signal N.
+pub type Ending = oneshot::Receiver<u32>;
 
 impl Reaper {
     /// Starts reaping on the current runtime, for as long as it lives.
@@ -45,37 +51,56 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// The exit status of child `pid`, once it has ended: 0 to 255, or 128 + N for a death by signal N. Call this
-    /// after the fork, with no await in between.
-    pub fn watch(&self, pid: u32) -> oneshot::Receiver<u32> {
+    /// Makes a child with `fork`, which returns its pid, and returns what will tell of its end. What `fork` does is to
+    /// be short: no child is reaped meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of `fork`.
+    pub fn fork<E>(&self, fork: impl FnOnce() -> Result<u32, E>) -> Result<Ending, E> {
+        let mut watched = self.watched();
+        let pid = fork()?;
         let (sender, receiver) = oneshot::channel();
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         watched.insert(pid, sender);
-        receiver
+        Ok(receiver)
     }
 
-    /// Nobody waits for `pid` any more: whoever made it has reaped it. The kernel may give the number away again.
-    pub fn forget(&self, pid: u32) {
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        watched.remove(&pid);
+    /// Reaps `child`, if it has ended and is not reaped yet: when this returns, [`Ending`] has told of its end.
+    pub fn reap_child(&self, child: u32) {
+        let mut watched = self.watched();
+        let pid = i32::try_from(child).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid
+            && let Ok(Some((_, status))) = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG)
+        {
+            tell(&mut watched, pid, status);
+        }
     }
 
     fn reap(&self) {
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            self.ended(pid, status);
+        loop {
+            // Taken anew for each, so that a fork need not wait for all of them.
+            let mut watched = self.watched();
+            let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) else {
+                return;
+            };
+            tell(&mut watched, pid, status);
         }
     }
 
-    fn ended(&self, pid: Pid, status: WaitStatus) {
-        let Some(status) = exit_status(status) else {
-            return;
-        };
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        let pid = pid.as_raw_nonzero().get().unsigned_abs();
-        if let Some(watcher) = watched.remove(&pid) {
-            // Nobody waits any more for a process whose container's making failed.
-            let _ = watcher.send(status);
-        }
+    fn watched(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells whoever waits for the end of `pid`.
+fn tell(watched: &mut Watched, pid: Pid, status: WaitStatus) {
+    let Some(status) = exit_status(status) else {
+        return;
+    };
+    let pid = pid.as_raw_nonzero().get().unsigned_abs();
+    if let Some(watcher) = watched.remove(&pid) {
+        // Nobody waits any more for a process whose container's making failed.
+        let _ = watcher.send(status);
     }
 }
 

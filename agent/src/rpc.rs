@@ -1,4 +1,7 @@
 //! The service of agent.proto: each method's work is in the module of its group.
+//!
+//! Requests run side by side on the agent's one thread; what may take long they hand to a thread of [`workers`], each
+//! container's own affairs in the order that the container's state allows.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -9,11 +12,12 @@ use cella_proto::agent::{self as proto, Empty};
 use cella_proto::agent_ttrpc;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
-use crate::container::{Runtime, RuntimeConfig};
+use crate::container::{Result as ContainerResult, Runtime, RuntimeConfig};
 use crate::error::Error;
 use crate::events::Events;
 use crate::reaper::Reaper;
 use crate::server::Options;
+use crate::workers::{Slot, Workers};
 use crate::{guest, info, power};
 
 mod container;
@@ -25,7 +29,13 @@ mod watch;
 /// What Shutdown leaves for its reply to be sent in.
 const SHUTDOWN_GRACE: Duration = Duration::from_millis(10);
 
-/// The agent's state and its service.
+/// Operations on containers that may be under way at once, each with a thread: so many are stuck in a sick pod only,
+/// where one more would be too.
+const OPERATIONS: usize = 64;
+/// How many of them may be the making of a container. The others are for those that are there.
+const CREATIONS: usize = 48;
+
+/// The agent's state.
 pub struct Agent {
     options: Options,
     ready: proto::Ready,
@@ -38,7 +48,8 @@ pub struct Agent {
 /// What is made when the first request needs it.
 struct Prepared {
     reaper: Arc<Reaper>,
-    runtime: Runtime,
+    runtime: Arc<Runtime>,
+    workers: Arc<Workers>,
 }
 
 impl Agent {
@@ -60,6 +71,14 @@ impl Agent {
         }
     }
 
+    /// Prepares the guest before the first request.
+    ///
+    /// # Errors
+    /// A step that failed; the guest is of no use then.
+    pub fn prepare_early(&self) -> Result<(), Error> {
+        self.prepare().map(drop)
+    }
+
     /// Does what a guest needs before anything but its call to the host, once.
     fn prepare(&self) -> Result<&Prepared, Error> {
         if let Some(prepared) = self.prepared.get() {
@@ -76,25 +95,70 @@ impl Agent {
             cgroup_root: PathBuf::from(&self.options.cgroup_root),
             ..RuntimeConfig::default()
         };
-        let runtime = Runtime::new(config).map_err(|source| Error::Container {
+        let runtime = Runtime::new(config, reaper.clone()).map_err(|source| Error::Container {
             what: "preparing for containers".to_owned(),
             source,
         })?;
-        Ok(self.prepared.get_or_init(|| Prepared { reaper, runtime }))
+        Ok(self.prepared.get_or_init(|| Prepared {
+            reaper,
+            runtime: Arc::new(runtime),
+            workers: Workers::new(),
+        }))
+    }
+
+    /// The right to a thread, for what `what` says, if fewer than `most` are taken.
+    fn slot(&self, most: usize, what: &impl Fn() -> String) -> Result<Slot, Error> {
+        let slot = self.prepare()?.workers.slot(most);
+        slot.map_err(|source| Error::Workers {
+            what: what(),
+            source,
+        })
     }
 }
+
+/// The work of `slot`'s thread.
+async fn on_thread<T: Send + 'static>(
+    slot: Slot,
+    what: &impl Fn() -> String,
+    work: impl FnOnce() -> ContainerResult<T> + Send + 'static,
+) -> Result<T, Error> {
+    let done = slot.run(work).await.map_err(|source| Error::Workers {
+        what: what(),
+        source,
+    })?;
+    done.map_err(|source| Error::Container {
+        what: what(),
+        source,
+    })
+}
+
+/// Carries a request through, also if its caller goes away or its time runs out: what it began is whole or gone then.
+async fn carry<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::System {
+            what: "carrying the request out".to_owned(),
+            source: std::io::Error::other(error),
+        }),
+    }
+}
+
+/// The agent as a service.
+pub struct Service(pub Arc<Agent>);
 
 type Reply<T> = ttrpc::Result<T>;
 
 #[async_trait]
-impl agent_ttrpc::Agent for Agent {
+impl agent_ttrpc::Agent for Service {
     async fn watch(
         &self,
         _: &TtrpcContext,
         request: proto::WatchRequest,
         stream: ServerStreamSender<proto::Event>,
     ) -> Reply<()> {
-        self.serve_watch(&request, &stream).await
+        self.0.serve_watch(&request, &stream).await
     }
 
     async fn set_up_sandbox(
@@ -102,7 +166,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::SetUpSandboxRequest,
     ) -> Reply<Empty> {
-        self.set_sandbox_up(&request)?;
+        self.0.set_sandbox_up(&request)?;
         Ok(Empty::new())
     }
 
@@ -111,7 +175,8 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::CreateContainerRequest,
     ) -> Reply<proto::CreateContainerResponse> {
-        let pid = self.make_container(&request).await?;
+        let agent = self.0.clone();
+        let pid = carry(async move { agent.make_container(&request).await }).await?;
         Ok(proto::CreateContainerResponse {
             pid,
             ..Default::default()
@@ -119,7 +184,7 @@ impl agent_ttrpc::Agent for Agent {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: proto::ExecRequest) -> Reply<Empty> {
-        self.make_exec(&request).await?;
+        self.0.make_exec(&request).await?;
         Ok(Empty::new())
     }
 
@@ -128,7 +193,13 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::ProcessRef,
     ) -> Reply<proto::StartResponse> {
-        let pid = self.start_process(&request.container_id, &request.exec_id)?;
+        let agent = self.0.clone();
+        let start = async move {
+            agent
+                .start_process(&request.container_id, &request.exec_id)
+                .await
+        };
+        let pid = carry(start).await?;
         Ok(proto::StartResponse {
             pid,
             ..Default::default()
@@ -136,7 +207,7 @@ impl agent_ttrpc::Agent for Agent {
     }
 
     async fn signal(&self, _: &TtrpcContext, request: proto::SignalRequest) -> Reply<Empty> {
-        self.signal_process(&request)?;
+        self.0.signal_process(&request)?;
         Ok(Empty::new())
     }
 
@@ -145,10 +216,14 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::ProcessRef,
     ) -> Reply<proto::DeleteResponse> {
-        let exit = match request.exec_id.as_str() {
-            "" => self.delete_container(&request.container_id).await?,
-            exec => self.delete_exec(&request.container_id, exec)?,
+        let agent = self.0.clone();
+        let delete = async move {
+            match request.exec_id.as_str() {
+                "" => agent.delete_container(&request.container_id).await,
+                exec => agent.delete_exec(&request.container_id, exec),
+            }
         };
+        let exit = carry(delete).await?;
         Ok(proto::DeleteResponse {
             exit: exit.into(),
             ..Default::default()
@@ -156,17 +231,20 @@ impl agent_ttrpc::Agent for Agent {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: proto::ContainerRef) -> Reply<Empty> {
-        self.pause_container(&request.container_id)?;
+        let agent = self.0.clone();
+        carry(async move { agent.pause_container(&request.container_id).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: proto::ContainerRef) -> Reply<Empty> {
-        self.resume_container(&request.container_id)?;
+        let agent = self.0.clone();
+        carry(async move { agent.resume_container(&request.container_id).await }).await?;
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: proto::UpdateRequest) -> Reply<Empty> {
-        self.update_container(&request)?;
+        let agent = self.0.clone();
+        carry(async move { agent.update_container(&request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -175,7 +253,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::ResizeTerminalRequest,
     ) -> Reply<Empty> {
-        self.resize(&request)?;
+        self.0.resize(&request)?;
         Ok(Empty::new())
     }
 
@@ -185,7 +263,7 @@ impl agent_ttrpc::Agent for Agent {
         request: proto::ContainerRef,
     ) -> Reply<proto::ListProcessesResponse> {
         Ok(proto::ListProcessesResponse {
-            processes: self.processes(&request.container_id)?,
+            processes: self.0.processes(&request.container_id).await?,
             ..Default::default()
         })
     }
@@ -196,7 +274,7 @@ impl agent_ttrpc::Agent for Agent {
         _: Empty,
     ) -> Reply<proto::ListContainersResponse> {
         Ok(proto::ListContainersResponse {
-            containers: self.container_infos(),
+            containers: self.0.container_infos(),
             ..Default::default()
         })
     }
@@ -206,16 +284,16 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: proto::ContainerRef,
     ) -> Reply<proto::StatsResponse> {
-        Ok(self.container_stats(&request.container_id)?)
+        Ok(self.0.container_stats(&request.container_id)?)
     }
 
     async fn info(&self, _: &TtrpcContext, _: Empty) -> Reply<proto::InfoResponse> {
-        self.prepare()?;
+        self.0.prepare()?;
         Ok(info::info()?)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Reply<Empty> {
-        self.kill_everything();
+        self.0.kill_everything();
         tokio::spawn(async {
             tokio::time::sleep(SHUTDOWN_GRACE).await;
             power::off();

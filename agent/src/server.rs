@@ -10,7 +10,7 @@ use rustix::time::ClockId;
 use ttrpc::asynchronous::Server;
 
 use crate::icount;
-use crate::rpc::Agent;
+use crate::rpc::{Agent, Service};
 use crate::transport::{Connection, Listener, Transport};
 
 /// The port that the host listens on for its guests, and the agent for those who attach later.
@@ -27,7 +27,13 @@ pub struct Options {
     pub cgroup_root: PathBuf,
     /// Report the instruction count instead of calling the host, and end.
     pub icount: bool,
+    /// The guest becomes a template: everything that needs no identity is done before the host is called, and the call
+    /// says no more than that. Whoever the guest becomes is told to the agent's own port.
+    pub template: bool,
 }
+
+/// As [`icount::VARIABLE`]: `cella_template=1` on the kernel's command line sets [`Options::template`].
+pub const TEMPLATE_VARIABLE: &str = "cella_template";
 
 /// When the agent's main was entered.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +84,9 @@ pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::E
         icount::report(entry.ticks);
         crate::power::off();
     }
+    if options.template {
+        return serve_template(options, entry, listener).await;
+    }
     let dial_ns = boot_time();
     let dialled = options.transport.dial(PORT).await;
     let dialled = match dialled {
@@ -89,11 +98,41 @@ pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::E
         }
     };
     let agent = Arc::new(Agent::new(options, entry.boot_ns, dial_ns));
+    serve_connections(agent, dialled, listener).await?;
+    std::future::pending().await
+}
+
+/// Prepares the guest, serves the agent's port, and then makes a call to the host that is nothing but the word that it may
+/// be saved. In a clone nothing of this happens again: it finds a guest that waits for its first connection.
+async fn serve_template(
+    options: Options,
+    entry: Entry,
+    listener: Listener,
+) -> Result<(), crate::error::Error> {
+    let transport = options.transport.clone();
+    let agent = Arc::new(Agent::new(options, entry.boot_ns, boot_time()));
+    agent.prepare_early()?;
+    serve_connections(agent, None, listener).await?;
+    match transport.dial(PORT).await {
+        Ok(word) => drop(word),
+        Err(error) => crate::power::report(&format!(
+            "cella-agent: calling the host on port {PORT}: {error}\n"
+        )),
+    }
+    std::future::pending().await
+}
+
+async fn serve_connections(
+    agent: Arc<Agent>,
+    dialled: Option<Connection>,
+    listener: Listener,
+) -> Result<(), crate::error::Error> {
+    let service = Arc::new(Service(agent));
     let mut server = Server::new()
         .add_listener(ttrpc::asynchronous::transport::Listener::new(connections(
             dialled, listener,
         )))
-        .register_service(agent_ttrpc::create_agent(agent));
+        .register_service(agent_ttrpc::create_agent(service));
     server
         .start()
         .await
@@ -101,7 +140,9 @@ pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::E
             what: "starting the server".to_owned(),
             why: error.to_string(),
         })?;
-    std::future::pending().await
+    // It serves for as long as the agent lives: forgotten, because dropping it would end it.
+    std::mem::forget(server);
+    Ok(())
 }
 
 /// The dialled connection, then those that come in. Ends when the listening socket fails.

@@ -1,6 +1,7 @@
 //! The configuration: `/etc/cella/config.toml` and, after it, `config.d/*.toml` beside it in the order of their names.
 //! Every key is optional; a later file's key wins, and a flag wins over all.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -25,7 +26,25 @@ pub struct Config {
     pub cpus: u32,
     /// Words added to the guest kernel's command line.
     pub kernel_params: String,
+    /// What the guest itself needs beside a pod's memory limit, bytes.
+    pub overhead_bytes: u64,
+    /// The keys of this file that a pod's `io.cella.*` annotations may set.
+    pub annotations: Vec<String>,
 }
+
+/// The prefix of annotations that set a key of the configuration for one pod.
+pub const ANNOTATION: &str = "io.cella.";
+/// The keys of a configuration file.
+const KEYS: [&str; 6] = [
+    "hypervisor",
+    "memory",
+    "cpus",
+    "kernel_params",
+    "overhead",
+    "annotations",
+];
+/// The keys that make sense for one pod.
+const POD_KEYS: [&str; 4] = ["hypervisor", "memory", "cpus", "kernel_params"];
 
 impl Default for Config {
     fn default() -> Self {
@@ -34,6 +53,8 @@ impl Default for Config {
             memory_bytes: 256 << 20,
             cpus: 1,
             kernel_params: String::new(),
+            overhead_bytes: 64 << 20,
+            annotations: vec!["memory".into(), "cpus".into()],
         }
     }
 }
@@ -46,6 +67,8 @@ struct File {
     memory: Option<String>,
     cpus: Option<u32>,
     kernel_params: Option<String>,
+    overhead: Option<String>,
+    annotations: Option<Vec<String>>,
 }
 
 /// Why the configuration cannot be used.
@@ -61,10 +84,18 @@ pub enum Error {
         source: io::Error,
     },
     /// A file is no configuration.
-    #[error("configuration {}: {reason}", path.display())]
+    #[error("configuration {name}: {reason}")]
     Content {
-        /// The file.
-        path: PathBuf,
+        /// Its name.
+        name: String,
+        /// Why, on one line.
+        reason: String,
+    },
+    /// An annotation cannot be used.
+    #[error("annotation {key}: {reason}")]
+    Annotation {
+        /// The annotation.
+        key: String,
         /// Why, on one line.
         reason: String,
     },
@@ -75,7 +106,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Read { source, .. } => ErrorKind::from(source),
-            Self::Content { .. } => ErrorKind::InvalidArgument,
+            Self::Content { .. } | Self::Annotation { .. } => ErrorKind::InvalidArgument,
         }
     }
 }
@@ -115,25 +146,84 @@ impl Config {
             path: path.into(),
             source,
         };
-        let content = |reason: String| Error::Content {
-            path: path.into(),
-            reason: reason.trim_end().replace('\n', " "),
-        };
+        let name = path.display().to_string();
         if fs::metadata(path).map_err(read)?.len() > MAX_FILE {
-            return Err(content("the file is larger than 1 MiB".into()));
+            return Err(Error::Content {
+                name,
+                reason: "the file is larger than 1 MiB".into(),
+            });
         }
         let text = fs::read_to_string(path).map_err(read)?;
-        let file: File = toml::from_str(&text).map_err(|e| content(e.to_string()))?;
+        self.apply_text(&name, &text)
+    }
+
+    /// Applies a configuration's text; `name` says in errors where it is from.
+    ///
+    /// # Errors
+    /// It has an unknown key or a wrong value.
+    pub fn apply_text(&mut self, name: &str, text: &str) -> Result<(), Error> {
+        self.set(text).map_err(|reason| Error::Content {
+            name: name.to_owned(),
+            reason: reason.trim_end().replace('\n', " "),
+        })
+    }
+
+    /// Applies a pod's `io.cella.*` annotations: `io.cella.memory` sets `memory`, if `annotations` allows it.
+    ///
+    /// # Errors
+    /// [`Error::Annotation`]: there is no such key, it is not allowed, or its value is wrong.
+    pub fn annotate(&mut self, annotations: &HashMap<String, String>) -> Result<(), Error> {
+        for (annotation, value) in annotations {
+            let Some(key) = annotation.strip_prefix(ANNOTATION) else {
+                continue;
+            };
+            let set = self.annotate_one(&key.replace('-', "_"), value);
+            set.map_err(|reason| Error::Annotation {
+                key: annotation.clone(),
+                reason: reason.trim_end().replace('\n', " "),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn annotate_one(&mut self, key: &str, value: &str) -> Result<(), String> {
+        if !POD_KEYS.contains(&key) {
+            let near = nearest(key, &POD_KEYS);
+            return Err(format!("there is none; did you mean {ANNOTATION}{near}?"));
+        }
+        if !self.annotations.iter().any(|allowed| allowed == key) {
+            return Err(format!(
+                "the host does not allow it: add \"{key}\" to `annotations` in its configuration"
+            ));
+        }
+        let value = match key {
+            "cpus" => value.to_owned(),
+            _ => toml::Value::from(value).to_string(),
+        };
+        self.set(&format!("{key} = {value}"))
+    }
+
+    /// Sets what a TOML text sets, or says why not.
+    fn set(&mut self, text: &str) -> Result<(), String> {
+        let table: toml::Table = toml::from_str(text).map_err(|e| e.to_string())?;
+        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let near = nearest(key, &KEYS);
+            return Err(format!("there is no key '{key}'; did you mean '{near}'?"));
+        }
+        let file: File = toml::from_str(text).map_err(|e| e.to_string())?;
         if let Some(hypervisor) = file.hypervisor {
             if !["auto", "kvm", "qemu"].contains(&hypervisor.as_str()) {
-                return Err(content(format!(
+                return Err(format!(
                     "hypervisor '{hypervisor}' is none of auto, kvm, qemu"
-                )));
+                ));
             }
             self.hypervisor = hypervisor;
         }
         if let Some(memory) = file.memory {
-            self.memory_bytes = size::parse(&memory).map_err(|e| content(e.to_string()))?;
+            self.memory_bytes = size::parse(&memory).map_err(|e| e.to_string())?;
+        }
+        if let Some(overhead) = file.overhead {
+            self.overhead_bytes = size::parse(&overhead).map_err(|e| e.to_string())?;
         }
         if let Some(cpus) = file.cpus {
             self.cpus = cpus;
@@ -141,8 +231,54 @@ impl Config {
         if let Some(params) = file.kernel_params {
             self.kernel_params = params;
         }
+        if let Some(annotations) = file.annotations {
+            if let Some(key) = annotations
+                .iter()
+                .find(|key| !POD_KEYS.contains(&key.as_str()))
+            {
+                let near = nearest(key, &POD_KEYS);
+                return Err(format!(
+                    "annotations: '{key}' is none; did you mean '{near}'?"
+                ));
+            }
+            self.annotations = annotations;
+        }
         Ok(())
     }
+}
+
+/// The one of `words` that takes the fewest changes of a letter to be `word`.
+fn nearest<'a>(word: &str, words: &[&'a str]) -> &'a str {
+    let mut words = words.iter();
+    let first = words.next().copied().unwrap_or_default();
+    words.fold(first, |best, candidate| {
+        if distance(word, candidate) < distance(word, best) {
+            candidate
+        } else {
+            best
+        }
+    })
+}
+
+/// Levenshtein's distance in bytes, of the first 64.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b) = (a.as_bytes().iter().take(64), b.as_bytes());
+    let mut row: Vec<usize> = (0..=b.len().min(64)).collect();
+    for (i, x) in a.enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (above, y) in row.iter_mut().skip(1).zip(b) {
+            let here = (diagonal + usize::from(x != y))
+                .min(left + 1)
+                .min(*above + 1);
+            diagonal = std::mem::replace(above, here);
+            left = here;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -192,5 +328,17 @@ mod tests {
             );
         }
         assert!(Config::load(&paths(&dir.path().join("none"))).is_err());
+        fs::write(&main, "memry = \"1G\"").unwrap();
+        let message = Config::load(&paths(&main)).unwrap_err().to_string();
+        assert!(message.contains("'memory'"), "{message}");
+    }
+
+    #[test]
+    fn the_nearest_word_takes_the_fewest_changes() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("abc", "abc"), 0);
+        assert_eq!(nearest("cpu", &KEYS), "cpus");
+        assert_eq!(nearest("kernel-params", &KEYS), "kernel_params");
     }
 }

@@ -7,10 +7,12 @@
 //! | [`image`] | images: OCI layouts, archives, root file system directories, bundles; layers and their overlay mounts |
 //! | [`spec`] | the OCI runtime specification made for a plain image |
 //! | [`hypervisor`] | the virtual machine behind one narrow trait |
+//! | [`network`] | a pod's network: the interfaces of a network namespace become the guest's |
 //! | [`sandbox`] | one virtual machine, its agent, and the containers in it |
 //! | [`container`] | the records of the command line's containers |
 //! | [`timeline`] | when each phase of a start began |
 //! | [`cli`] | the `cella` command |
+//! | [`shim`] | `containerd-shim-cella-v2`, containerd's way to all this |
 
 pub mod cli;
 pub mod config;
@@ -18,8 +20,10 @@ pub mod container;
 pub mod error;
 pub mod hypervisor;
 pub mod image;
+pub mod network;
 pub mod paths;
 pub mod sandbox;
+pub mod shim;
 pub mod size;
 pub mod spec;
 pub mod timeline;

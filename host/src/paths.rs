@@ -61,6 +61,22 @@ pub struct Paths {
 }
 
 impl Paths {
+    /// Those that the environment names, otherwise the defaults: for programs whose command line is not theirs to make.
+    pub fn from_environment() -> Self {
+        let path = |name, default| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map_or_else(|| PathBuf::from(default), PathBuf::from)
+        };
+        Self {
+            run_dir: path("CELLA_RUN_DIR", "/run/cella"),
+            lib_dir: path("CELLA_LIB_DIR", "/var/lib/cella"),
+            libexec_dir: path("CELLA_LIBEXEC_DIR", "/usr/libexec/cella"),
+            qemu: path("CELLA_QEMU", "qemu-system-x86_64"),
+            config: std::env::var_os("CELLA_CONFIG").map(PathBuf::from),
+        }
+    }
+
     /// The VMM's binary.
     pub fn vmm(&self) -> PathBuf {
         self.libexec_dir.join("cella-vmm")

@@ -1,4 +1,5 @@
-//! What crosses a wire inside Cella: the messages of `vmm.proto` (a door and its VMM) and, with feature
+//! What crosses a wire inside Cella: the messages of `vmm.proto` (a door and its VMM), of
+//! `snapshot.proto` (a VMM and a later one) and, with feature
 //! `agent`, the messages and the ttrpc service of `agent.proto` (a door and the guest's PID 1).
 //!
 //! Everything here is generated; the `.proto` files are the documentation.
@@ -14,6 +15,8 @@
 mod vmm_generated {
     include!(concat!(env!("OUT_DIR"), "/vmm/mod.rs"));
 }
+/// Messages of `snapshot.proto`, the content of a snapshot's state file.
+pub use vmm_generated::snapshot;
 /// Messages of `vmm.proto`.
 pub use vmm_generated::vmm;
 

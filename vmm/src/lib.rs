@@ -7,6 +7,7 @@
 //! | [`machine`] | memory, CPUs, interrupts and devices put together; start, pause, resume, stop |
 //! | [`device`] | virtio devices, which know no transport |
 //! | [`transport`] | how a guest's driver reaches a device: virtio-mmio |
+//! | [`snapshot`] | a machine on disk |
 //! | [`jail`] | everything the process gives up before the first guest instruction |
 //! | [`control`] | `vmm.proto` on the inherited socket |
 
@@ -15,5 +16,6 @@ pub mod control;
 pub mod device;
 pub mod jail;
 pub mod machine;
+pub mod snapshot;
 pub mod transport;
 pub mod vcpu;

@@ -20,6 +20,8 @@ mod configure;
 mod disk;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/snapshot.rs"]
+mod snapshot;
 #[path = "process/vmm.rs"]
 mod vmm;
 

@@ -3,55 +3,37 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cella_proto::agent::StatsResponse;
 use oci_spec::runtime as oci;
 
 use super::cgroup::{Cgroup, OomWatch};
-use super::device_filter::DeviceFilter;
+use super::device_filter::{DeviceFilter, Program};
 use super::exec::ExecPlan;
-use super::hooks::{self, HookState, Place};
+use super::hooks::{self, HookRun, HookState, Place};
 use super::init::InitPlan;
+use super::life::{Life, Status};
 use super::process::ProcessPlan;
 use super::report::Message;
 use super::runtime::{
     Common, Newborn, attach_filter, go_on, in_pid_namespace, receive, socket_pair,
 };
 use super::seccomp::SeccompPlan;
-use super::spawn::{self, Child};
+use super::spawn::{self, Birth, Child, check_signal};
 use super::{Error, Result, Stdio, translate, validate};
+use crate::reaper::{Ending, Reaper};
 
-/// Where a container is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Its init waits for the start.
-    Created,
-    /// Its command runs.
-    Running,
-    /// Frozen.
-    Paused,
-    /// Its init has ended.
-    Stopped,
-}
-
-impl Status {
-    /// The OCI word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Stopped => "stopped",
-        }
-    }
-}
+/// The OCI word of a container whose init has ended.
+const STOPPED: &str = "stopped";
 
 /// A container. It must be deleted, not dropped: dropping leaves its processes and its cgroup.
 #[derive(Debug)]
 pub struct Container {
     parts: Parts,
-    status: Status,
+    life: Life,
+    /// The attached device program. Its lock is an update's, and so for all of it.
+    filter: Mutex<Option<Program>>,
 }
 
 /// What [`super::Runtime::create`] makes a container of.
@@ -59,14 +41,14 @@ pub struct Container {
 pub(super) struct Parts {
     pub id: String,
     pub common: Arc<Common>,
-    pub child: Child,
+    pub child: Arc<Child>,
     /// To the init, until it is started.
     pub socket: OwnedFd,
     pub cgroup: Cgroup,
     /// The attached device program.
-    pub filter: Option<OwnedFd>,
+    pub filter: Option<Program>,
     pub plan: InitPlan,
-    pub seccomp: Option<SeccompPlan>,
+    pub seccomp: Option<Arc<SeccompPlan>>,
     pub personality: Option<u64>,
     pub hooks: oci::Hooks,
     pub annotations: Option<HashMap<String, String>>,
@@ -75,19 +57,33 @@ pub(super) struct Parts {
 
 /// A further process of a container.
 #[derive(Debug)]
-pub struct Process {
-    /// In the agent's pid namespace.
-    pub pid: u32,
-    /// Readable once it has ended.
-    pub pidfd: OwnedFd,
+pub struct Process(Arc<Child>);
+
+/// What [`Container::exec`] made.
+#[derive(Debug)]
+pub struct Executed {
+    /// The process, which has executed its command.
+    pub process: Process,
+    /// Tells of its end.
+    pub ending: Ending,
     /// The terminal's master, if it has a terminal.
     pub terminal: Option<OwnedFd>,
 }
 
 impl Process {
+    /// In the agent's pid namespace.
+    pub fn pid(&self) -> u32 {
+        self.0.pid
+    }
+
+    /// Readable once it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.0.pidfd.as_fd()
+    }
+
     /// Signals it; one that has ended needs none.
     pub fn signal(&self, signal: i32) -> Result<()> {
-        send_signal(self.pidfd.as_fd(), self.pid, signal)
+        self.0.signal(signal)
     }
 }
 
@@ -96,8 +92,9 @@ impl Container {
         // Trees, streams and the like are the init's now; the container keeps what its errors and execs need.
         parts.plan.release();
         Self {
+            filter: Mutex::new(parts.filter.take()),
             parts,
-            status: Status::Created,
+            life: Life::new(),
         }
     }
 
@@ -118,84 +115,86 @@ impl Container {
 
     /// Where it is in its life, as far as the agent has noticed.
     pub fn status(&self) -> Status {
-        self.status
+        self.life.status()
     }
 
     /// To be called when the init has been reaped. The container is stopped then, even if other processes of its pid
     /// namespace are still dying.
-    pub fn set_stopped(&mut self) {
-        self.status = Status::Stopped;
+    pub fn set_stopped(&self) {
+        self.life.stop();
     }
 
-    fn require(&self, action: &'static str, allowed: &[Status]) -> Result<()> {
-        if allowed.contains(&self.status) {
-            return Ok(());
-        }
-        Err(Error::State {
-            id: self.id().into(),
-            action,
-            state: self.status.as_str(),
-        })
-    }
-
-    fn hook_state<'a>(&'a self, status: &'a str) -> HookState<'a> {
-        HookState {
-            id: self.id(),
-            status,
-            pid: if self.status == Status::Stopped {
-                0
-            } else {
-                self.pid()
+    /// Hooks of this container, while `init` lives if it is given.
+    fn hook_run<'a>(&'a self, init: Option<&'a Child>, status: &'a str) -> HookRun<'a> {
+        HookRun {
+            reaper: &self.parts.common.reaper,
+            init,
+            state: HookState {
+                id: self.id(),
+                status,
+                pid: if status == STOPPED { 0 } else { self.pid() },
+                bundle: &self.parts.bundle,
+                annotations: self.parts.annotations.as_ref(),
             },
-            bundle: &self.parts.bundle,
-            annotations: self.parts.annotations.as_ref(),
         }
     }
 
-    /// Lets the init execute its command; returns when it has. If it cannot, or a startContainer hook fails, the
-    /// init is killed and reaped and the container is stopped. A poststart hook that fails is reported, with the
-    /// container killed but yet to be reaped by the caller.
-    pub fn start(&mut self) -> Result<()> {
-        self.require("start", &[Status::Created])?;
-        let result = self
-            .run_start_hooks()
-            .and_then(|()| go_on(&self.parts.socket))
-            .and_then(|()| receive(&self.parts.socket));
-        match result {
-            Ok((Message::Closed, _)) => {
-                self.status = Status::Running;
-                let poststart = self.parts.hooks.poststart().as_ref();
-                let state = self.hook_state("running");
-                hooks::run("poststart", poststart, Place::Runtime, state)
-                    .inspect_err(|_| drop(self.parts.cgroup.kill()))
+    /// Lets the init execute its command; returns when it has. If it cannot, or a startContainer hook fails, or it is
+    /// killed meanwhile, it is reaped and the container is stopped.
+    pub fn start(&self) -> Result<()> {
+        let life = &self.life;
+        life.begin(self.id(), "start", &[Status::Created], Status::Starting)?;
+        match self.execute() {
+            Ok(()) => {
+                life.finish(Status::Starting, Status::Running);
+                Ok(())
             }
-            other => {
-                spawn::kill_and_reap(&self.parts.child.pidfd);
-                self.status = Status::Stopped;
-                Err(match other {
-                    Ok((Message::Failed(failure), _)) => {
-                        translate::init_failure(&self.parts.plan, failure)
-                    }
-                    Ok(_) => Error::Died,
-                    Err(error) => error,
-                })
+            Err(error) => {
+                self.parts.child.kill_and_reap(&self.parts.common.reaper);
+                life.stop();
+                Err(error)
             }
         }
     }
 
-    fn run_start_hooks(&self) -> Result<()> {
-        let hooks = self.parts.hooks.start_container().as_ref();
-        if !hooks::any(hooks) {
-            return Ok(());
+    fn execute(&self) -> Result<()> {
+        let parts = &self.parts;
+        let start_container = parts.hooks.start_container().as_ref();
+        if hooks::any(start_container) {
+            let place = Place::of(self.pid(), self.pidfd(), parts.plan.namespaces.own)?;
+            self.hook_run(Some(&parts.child), "created").all(
+                "startContainer",
+                start_container,
+                &place,
+            )?;
         }
-        let own = self.parts.plan.namespaces.own;
-        let place = Place::of(self.pid(), self.pidfd(), own)?;
-        hooks::run("startContainer", hooks, place, self.hook_state("created"))
+        if !go_on(&parts.socket)? {
+            return Err(Error::Died);
+        }
+        match receive(&parts.socket)? {
+            (Message::Closed, _) => Ok(()),
+            (Message::Failed(failure), _) => Err(translate::init_failure(&parts.plan, failure)),
+            _ => Err(Error::Died),
+        }
     }
 
-    /// Runs a further process; returns when it has executed its command, or why it could not.
-    pub fn exec(&self, process: &oci::Process, stdio: Stdio) -> Result<Process> {
-        self.require("exec in it", &[Status::Created, Status::Running])?;
+    /// Whether there are hooks for a container that has started.
+    pub fn has_poststart_hooks(&self) -> bool {
+        hooks::any(self.parts.hooks.poststart().as_ref())
+    }
+
+    /// Runs them. If one fails, the container is killed.
+    pub fn run_poststart_hooks(&self) -> Result<()> {
+        let poststart = self.parts.hooks.poststart().as_ref();
+        self.hook_run(None, "running")
+            .all("poststart", poststart, &Place::Runtime)
+            .inspect_err(|_| drop(self.parts.cgroup.kill()))
+    }
+
+    /// Runs a further process, which is `birth`'s; returns when it has executed its command, or why it could not.
+    pub fn exec(&self, process: &oci::Process, stdio: Stdio, birth: &Birth) -> Result<Executed> {
+        let allowed = [Status::Created, Status::Starting, Status::Running];
+        let _pregnancy = self.life.conceive(self.id(), "exec in it", &allowed)?;
         validate::process(process)?;
         let parts = &self.parts;
         let own = parts.plan.namespaces.own;
@@ -219,32 +218,33 @@ impl Container {
         };
         let number = child_socket.as_raw_fd();
         let pid_namespace = (own & libc::CLONE_NEWPID != 0).then(|| self.pidfd());
-        let child = in_pid_namespace(pid_namespace, &parts.common, || {
-            match spawn::clone(0, Some(parts.cgroup.dir()), || plan.run(number)) {
+        let reaper = &parts.common.reaper;
+        let (child, ending) = in_pid_namespace(pid_namespace, &parts.common, || {
+            match spawn::clone(reaper, 0, Some(parts.cgroup.dir()), || plan.run(number)) {
                 // The container has made cgroups of its own in its cgroup: join the one its init is in.
                 Err(Error::Process { source, .. })
                     if source.raw_os_error() == Some(libc::EBUSY) =>
                 {
                     let cgroup = parts.cgroup.of_process(self.pid())?;
-                    spawn::clone(0, Some(cgroup.as_fd()), || plan.run(number))
+                    spawn::clone(reaper, 0, Some(cgroup.as_fd()), || plan.run(number))
                 }
                 other => other,
             }
         })?;
+        birth.set(&child);
         drop(child_socket);
-        supervise(
-            Newborn {
-                child,
-                socket,
-                terminal: None,
-            },
-            &plan.process,
-        )
+        let born = Newborn {
+            child,
+            ending,
+            socket,
+            terminal: None,
+        };
+        supervise(born, &plan.process, reaper)
     }
 
     /// Signals the init; one that has ended needs none.
     pub fn signal(&self, signal: i32) -> Result<()> {
-        send_signal(self.pidfd(), self.pid(), signal)
+        self.parts.child.signal(signal)
     }
 
     /// Signals every process.
@@ -258,36 +258,59 @@ impl Container {
     }
 
     /// Freezes every process; returns when they are.
-    pub fn freeze(&mut self) -> Result<()> {
-        self.require("pause", &[Status::Running])?;
-        self.parts.cgroup.set_frozen(self.id(), true)?;
-        self.status = Status::Paused;
-        Ok(())
+    pub fn freeze(&self) -> Result<()> {
+        let (id, life, cgroup) = (self.id(), &self.life, &self.parts.cgroup);
+        life.begin(id, "pause", &[Status::Running], Status::Pausing)?;
+        let frozen = life
+            .wait_for_births(id)
+            .and_then(|()| cgroup.set_frozen(id, true));
+        let next = match frozen {
+            Ok(()) => Status::Paused,
+            Err(_) => Status::Running,
+        };
+        if life.finish(Status::Pausing, next) {
+            return frozen;
+        }
+        // Its init has ended: what it left behind is not to stand still for ever.
+        frozen.and_then(|()| cgroup.set_frozen(id, false))?;
+        life.require(id, "pause", &[Status::Running])
     }
 
     /// Thaws every process.
-    pub fn thaw(&mut self) -> Result<()> {
-        self.require("resume", &[Status::Paused])?;
-        self.parts.cgroup.set_frozen(self.id(), false)?;
-        self.status = Status::Running;
-        Ok(())
+    pub fn thaw(&self) -> Result<()> {
+        let (id, life) = (self.id(), &self.life);
+        life.begin(id, "resume", &[Status::Paused], Status::Resuming)?;
+        let thawed = self.parts.cgroup.set_frozen(id, false);
+        let next = match thawed {
+            Ok(()) => Status::Running,
+            Err(_) => Status::Paused,
+        };
+        life.finish(Status::Resuming, next);
+        thawed
     }
 
     /// Changes the limits that `resources` names; device rules, if there are any, replace the former ones.
-    pub fn update(&mut self, resources: &oci::LinuxResources) -> Result<()> {
-        self.require(
-            "update",
-            &[Status::Created, Status::Running, Status::Paused],
-        )?;
+    pub fn update(&self, resources: &oci::LinuxResources) -> Result<()> {
+        let alive = [
+            Status::Created,
+            Status::Starting,
+            Status::Running,
+            Status::Pausing,
+            Status::Paused,
+            Status::Resuming,
+        ];
+        self.life.require(self.id(), "update", &alive)?;
         let filter = match resources.devices() {
             Some(rules) if !rules.is_empty() => Some(DeviceFilter::new(rules)?),
             _ => None,
         };
+        let mut attached = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
         self.parts.cgroup.set_resources(resources)?;
         if let Some(filter) = filter {
-            let attached = attach_filter(&self.parts.cgroup, &filter, self.parts.filter.as_ref())?;
-            if attached.is_some() {
-                self.parts.filter = attached;
+            let programs = &self.parts.common.programs;
+            let new = attach_filter(&self.parts.cgroup, programs, &filter, attached.as_ref())?;
+            if new.is_some() {
+                *attached = new;
             }
         }
         Ok(())
@@ -314,45 +337,44 @@ impl Container {
     }
 
     /// Removes what is left: processes, cgroup. Then runs the poststop hooks, all of them, and returns the first
-    /// one's failure. The container comes back with an error: to be deleted again, unless it is [`Error::Hook`],
-    /// which leaves nothing to do. Refused while the container runs; a created one is killed, and reaped here.
-    #[allow(clippy::result_large_err, reason = "the container is given back")]
-    pub fn delete(mut self) -> std::result::Result<(), (Self, Error)> {
-        if let Err(error) = self.require("delete", &[Status::Created, Status::Stopped]) {
-            return Err((self, error));
-        }
-        if self.status == Status::Created {
-            spawn::kill_and_reap(&self.parts.child.pidfd);
-            self.status = Status::Stopped;
+    /// one's failure, [`Error::Hook`], which leaves nothing to do. After another error it can be deleted again.
+    /// Refused while the container runs; a created one is killed, and reaped here.
+    pub fn delete(&self) -> Result<()> {
+        let allowed = [Status::Created, Status::Stopped];
+        let was = self
+            .life
+            .begin(self.id(), "delete", &allowed, Status::Deleting)?;
+        if was == Status::Created {
+            self.parts.child.kill_and_reap(&self.parts.common.reaper);
         }
         if let Err(error) = self.parts.cgroup.remove() {
-            return Err((self, error));
+            self.life.finish(Status::Deleting, Status::Stopped);
+            return Err(error);
         }
         let mut result = Ok(());
         for hook in self.parts.hooks.poststop().iter().flatten() {
-            let hook = vec![hook.clone()];
-            let state = self.hook_state("stopped");
-            let ran = hooks::run("poststop", Some(&hook), Place::Runtime, state);
-            result = result.and(ran);
+            let run = self.hook_run(None, STOPPED);
+            result = result.and(run.one("poststop", hook, &Place::Runtime));
         }
-        result.map_err(|error| (self, error))
+        result
     }
 }
 
 /// Listens to a process until it has executed its command. On failure it is reaped.
-fn supervise(mut born: Newborn, plan: &ProcessPlan) -> Result<Process> {
+fn supervise(mut born: Newborn, plan: &ProcessPlan, reaper: &Reaper) -> Result<Executed> {
     let error = loop {
         match receive(&born.socket) {
             Ok((Message::Terminal, fd)) => born.terminal = fd,
             Ok((Message::Closed, _)) => {
                 let Newborn {
-                    child: Child { pid, pidfd },
+                    child,
+                    ending,
                     terminal,
                     ..
                 } = born;
-                return Ok(Process {
-                    pid,
-                    pidfd,
+                return Ok(Executed {
+                    process: Process(child),
+                    ending,
                     terminal,
                 });
             }
@@ -361,38 +383,6 @@ fn supervise(mut born: Newborn, plan: &ProcessPlan) -> Result<Process> {
             Err(error) => break error,
         }
     };
-    spawn::kill_and_reap(&born.child.pidfd);
+    born.child.kill_and_reap(reaper);
     Err(error)
-}
-
-fn check_signal(signal: i32) -> Result<()> {
-    // SIGRTMAX is 64 to the kernel; 0 only asks whether there is a process.
-    if (1..=64).contains(&signal) {
-        return Ok(());
-    }
-    Err(Error::invalid("signal", format!("{signal} is no signal")))
-}
-
-/// `pidfd_send_signal`; one that has ended needs no signal.
-fn send_signal(pidfd: BorrowedFd<'_>, pid: u32, signal: i32) -> Result<()> {
-    check_signal(signal)?;
-    // SAFETY: plain numbers and a null siginfo.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            std::ptr::null::<u8>(),
-            0u32,
-        )
-    };
-    let error = std::io::Error::last_os_error();
-    if result < 0 && error.raw_os_error() != Some(libc::ESRCH) {
-        let step = format!("sending signal {signal} to process {pid}");
-        return Err(Error::Process {
-            step,
-            source: error,
-        });
-    }
-    Ok(())
 }

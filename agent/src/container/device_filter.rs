@@ -2,9 +2,11 @@
 //! mknod and open of a device.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
+use super::kept::Kept;
 use super::sys;
 use super::{Error, Result};
 
@@ -53,7 +55,7 @@ impl Rule {
 /// A BPF instruction, struct bpf_insn: opcode, registers (destination in the low nibble), offset, immediate.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
+pub(super) struct Instruction {
     code: u8,
     registers: u8,
     offset: i16,
@@ -101,24 +103,33 @@ impl DeviceFilter {
         })
     }
 
-    /// Loads the program and attaches it to `cgroup` in place of `old`. The returned descriptor is what replaces it
-    /// later; the program itself lives as long as the cgroup.
+    /// Attaches the program to `cgroup` in place of `old`. What is returned is what replaces it later; the program
+    /// itself lives as long as the cgroup.
     pub(super) fn attach(
         &self,
         cgroup: BorrowedFd<'_>,
-        old: Option<&OwnedFd>,
-    ) -> std::io::Result<Option<OwnedFd>> {
+        programs: &Programs,
+        old: Option<&Program>,
+    ) -> std::io::Result<Option<Program>> {
         let program = match (&self.program, old) {
             (Some(program), _) => program,
             (None, None) => return Ok(None),
             // Everything is allowed from now on.
             (None, Some(_)) => &vec![move_immediate(0, 1), exit()],
         };
-        let fd = load(program)?;
-        attach(cgroup, &fd, old)?;
-        Ok(Some(fd))
+        let new = programs.get(program.as_slice(), || load(program).map(Arc::new))?;
+        if !old.is_some_and(|old| Arc::ptr_eq(old, &new)) {
+            attach(cgroup, &new, old.map(Arc::as_ref))?;
+        }
+        Ok(Some(new))
     }
 }
+
+/// A program that the kernel has taken.
+pub(super) type Program = Arc<OwnedFd>;
+
+/// Programs that the kernel's verifier need not look at again, which takes it long.
+pub(super) type Programs = Kept<Vec<Instruction>, Program>;
 
 fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     let field = "linux.resources.devices";

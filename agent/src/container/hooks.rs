@@ -1,19 +1,25 @@
 //! OCI hooks: programs of the guest, or of the container, run at points of a container's life.
 
+use std::ffi::CString;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime as oci;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::pipe::PipeFlags;
 
-use super::sys;
-use super::{Error, Result};
+use super::command::{StringArray, c_string};
+use super::init::fail;
+use super::report::{At, ChildResult, Failure, Message, Step};
+use super::runtime::{receive, socket_pair};
+use super::spawn::{self, Child};
+use super::{Error, Result, sys};
+use crate::reaper::{Ending, Reaper};
 
-/// For a hook that names no timeout: the agent serves nobody else meanwhile.
+/// For a hook that names no timeout.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How much of what a failed hook says goes into the error.
 const MAX_MESSAGE: u64 = 1024;
@@ -86,131 +92,253 @@ pub(super) fn any(hooks: Option<&Vec<oci::Hook>>) -> bool {
     hooks.is_some_and(|hooks| !hooks.is_empty())
 }
 
-/// Runs hooks in order, until one fails.
-pub(super) fn run(
-    name: &'static str,
-    hooks: Option<&Vec<oci::Hook>>,
-    place: Place<'_>,
-    state: HookState<'_>,
-) -> Result<()> {
-    for hook in hooks.into_iter().flatten() {
-        run_one(name, hook, &place, state)?;
-    }
-    Ok(())
+/// What the hooks of one point of a container's life have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HookRun<'a> {
+    pub reaper: &'a Reaper,
+    /// The init that the hooks prepare: once it is dead, nobody needs them.
+    pub init: Option<&'a Child>,
+    pub state: HookState<'a>,
 }
 
-fn run_one(
-    name: &'static str,
-    hook: &oci::Hook,
-    place: &Place<'_>,
-    state: HookState<'_>,
-) -> Result<()> {
-    let fail = |reason: String, timed_out| Error::Hook {
-        name,
-        path: hook.path().clone(),
-        reason,
-        timed_out,
-    };
-    if !hook.path().is_absolute() {
-        return Err(fail("its path is not absolute".into(), false));
+impl HookRun<'_> {
+    /// Runs hooks in order, until one fails.
+    pub(super) fn all(
+        &self,
+        name: &'static str,
+        hooks: Option<&Vec<oci::Hook>>,
+        place: &Place<'_>,
+    ) -> Result<()> {
+        let mut hooks = hooks.into_iter().flatten();
+        hooks.try_for_each(|hook| self.one(name, hook, place))
     }
-    let timeout = match hook.timeout() {
-        None => DEFAULT_TIMEOUT,
+
+    /// Runs one hook.
+    pub(super) fn one(
+        &self,
+        name: &'static str,
+        hook: &oci::Hook,
+        place: &Place<'_>,
+    ) -> Result<()> {
+        let fail = |reason: String, timed_out| Error::Hook {
+            name,
+            path: hook.path().clone(),
+            reason,
+            timed_out,
+        };
+        let timeout = timeout(hook).map_err(|reason| fail(reason, false))?;
+        let mut running = HookPlan::new(hook, place)
+            .and_then(|plan| Running::start(plan, self.reaper))
+            .map_err(|error| fail(format!("cannot be started: {}", whole(&error)), false))?;
+        running.tell(&self.state.to_json());
+        match running.wait(self.init, timeout) {
+            Some(How::Ended) => {}
+            ended => {
+                running.child.kill_and_reap(self.reaper);
+                return Err(match ended {
+                    Some(_) => Error::Died,
+                    None => fail(format!("did not end within {} s", timeout.as_secs()), true),
+                });
+            }
+        }
+        match running.outcome(self.reaper) {
+            Ok(()) => Ok(()),
+            Err(reason) => Err(fail(reason, false)),
+        }
+    }
+}
+
+/// The hook's limit, or why it cannot be run at all.
+fn timeout(hook: &oci::Hook) -> Result<Duration, String> {
+    if !hook.path().is_absolute() {
+        return Err("its path is not absolute".into());
+    }
+    match hook.timeout() {
+        None => Ok(DEFAULT_TIMEOUT),
         Some(seconds) => u64::try_from(seconds)
             .ok()
             .filter(|seconds| *seconds > 0)
             .map(Duration::from_secs)
-            .ok_or_else(|| fail(format!("its timeout {seconds} is not above 0"), false))?,
-    };
-    let mut command = command(hook, place);
-    let mut child = command
-        .spawn()
-        .map_err(|e| fail(format!("cannot be started: {e}"), false))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // One that does not read its input is no failure. The state fits into the pipe.
-        let _ = stdin.write_all(&state.to_json());
+            .ok_or_else(|| format!("its timeout {seconds} is not above 0")),
     }
-    let Some(status) = wait(&mut child, timeout).map_err(|e| fail(e.to_string(), false))? else {
-        return Err(fail(
-            format!("did not end within {} s", timeout.as_secs()),
-            true,
-        ));
-    };
-    if status.success() {
-        return Ok(());
-    }
-    let mut message = String::new();
-    if let Some(stderr) = child.stderr.take() {
-        // What it says is an extra; a process it left behind must not hold the agent.
-        let _ = rustix::io::ioctl_fionbio(&stderr, true);
-        let _ = stderr.take(MAX_MESSAGE).read_to_string(&mut message);
-    }
-    Err(fail(format!("{status}: {}", message.trim()), false))
 }
 
-fn command(hook: &oci::Hook, place: &Place<'_>) -> Command {
-    let mut command = Command::new(hook.path());
-    let args = hook.args().as_deref().unwrap_or_default();
-    if let Some((arg0, rest)) = args.split_first() {
-        command.arg0(arg0).args(rest);
+/// An error with its cause.
+fn whole(error: &Error) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
     }
-    command.env_clear();
-    command.envs(
-        hook.env()
+}
+
+/// Everything a hook's process needs, made before it exists.
+#[derive(Debug)]
+struct HookPlan<'a> {
+    path: CString,
+    argv: StringArray,
+    envp: StringArray,
+    place: &'a Place<'a>,
+}
+
+impl<'a> HookPlan<'a> {
+    fn new(hook: &oci::Hook, place: &'a Place<'a>) -> Result<Self> {
+        let path = hook.path().as_os_str();
+        let named = [path.to_string_lossy().into_owned()];
+        let args = match hook.args().as_deref() {
+            Some(args) if !args.is_empty() => args,
+            _ => &named,
+        };
+        let env: Vec<String> = hook
+            .env()
             .iter()
             .flatten()
-            .filter_map(|entry| entry.split_once('=')),
-    );
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    if let Place::Container {
-        pidfd,
-        namespaces,
-        root,
-    } = place
-    {
-        let (pidfd, namespaces, root) = (pidfd.as_raw_fd(), *namespaces, root.as_raw_fd());
-        let enter = move || {
-            sys::setns(pidfd, namespaces)?;
-            sys::fchdir(root)?;
-            sys::chroot(c".")?;
-            Ok(())
-        };
-        // SAFETY: the closure makes system calls only; the descriptors outlive the spawn.
-        unsafe { command.pre_exec(enter) };
+            .filter(|entry| entry.contains('='))
+            .cloned()
+            .collect();
+        Ok(Self {
+            path: c_string("hooks[].path", path.as_bytes())?,
+            argv: StringArray::new("hooks[].args", args)?,
+            envp: StringArray::new("hooks[].env", &env)?,
+            place,
+        })
     }
-    command
+
+    /// In the child, with `streams` for its 0, 1 and 2: becomes the hook. Returns never.
+    fn run(&self, streams: [RawFd; 3], keep: &[RawFd], socket: RawFd) -> ! {
+        let failure = match self.prepare(streams, keep) {
+            Ok(()) => Failure {
+                step: Step::Execute,
+                index: 0,
+                errno: sys::execve(&self.path, self.argv.pointers(), self.envp.pointers()),
+            },
+            Err(failure) => failure,
+        };
+        fail(socket, failure)
+    }
+
+    fn prepare(&self, streams: [RawFd; 3], keep: &[RawFd]) -> ChildResult {
+        for (target, stream) in (0..).zip(streams) {
+            sys::dup_to(stream, target, false).at(Step::Stdio)?;
+        }
+        spawn::close_others(keep).at(Step::Prepare)?;
+        if let Place::Container {
+            pidfd,
+            namespaces,
+            root,
+        } = self.place
+        {
+            sys::setns(pidfd.as_raw_fd(), *namespaces).at(Step::JoinNamespace)?;
+            sys::fchdir(root.as_raw_fd()).at(Step::Pivot)?;
+            sys::chroot(c".").at(Step::Pivot)?;
+        }
+        sys::reset_signals().at(Step::Attributes)
+    }
 }
 
-/// Waits for the hook; None if it ran out of time, in which case it has been killed.
-fn wait(child: &mut Child, timeout: Duration) -> std::io::Result<Option<std::process::ExitStatus>> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(rustix::process::Pid::from_raw)
-        .ok_or(std::io::ErrorKind::InvalidInput)?;
-    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-    let deadline = Instant::now().checked_add(timeout);
-    loop {
-        let left = deadline.map_or(timeout, |d| d.saturating_duration_since(Instant::now()));
-        let timespec = Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
+/// A hook's process.
+#[derive(Debug)]
+struct Running {
+    child: std::sync::Arc<Child>,
+    ending: Ending,
+    /// Says why the hook could not be executed.
+    socket: OwnedFd,
+    stdin: Option<OwnedFd>,
+    stderr: OwnedFd,
+}
+
+/// What a wait for a hook came to.
+enum How {
+    Ended,
+    /// It still runs, but the init that it is for does not.
+    InitDied,
+}
+
+impl Running {
+    fn start(plan: HookPlan<'_>, reaper: &Reaper) -> Result<Self> {
+        let failed = |step: &str, source: rustix::io::Errno| Error::Process {
+            step: step.into(),
+            source: source.into(),
         };
-        match poll(
-            &mut [PollFd::new(&pidfd.as_fd(), PollFlags::IN)],
-            Some(&timespec),
-        ) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-            Ok(0) => {
-                child.kill()?;
-                child.wait()?;
-                return Ok(None);
-            }
-            Ok(_) => return child.wait().map(Some),
+        let pipe =
+            || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed("making a pipe", e));
+        let (stdin, stdin_writer) = pipe()?;
+        let (stderr_reader, stderr) = pipe()?;
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| failed("opening /dev/null", e))?;
+        let (socket, child_socket) = socket_pair()?;
+        let streams = [stdin.as_raw_fd(), null.as_raw_fd(), stderr.as_raw_fd()];
+        let number = child_socket.as_raw_fd();
+        let mut keep = vec![number];
+        if let Place::Container { pidfd, root, .. } = plan.place {
+            keep.extend([pidfd.as_raw_fd(), root.as_raw_fd()]);
         }
+        keep.sort_unstable();
+        let (child, ending) = spawn::clone(reaper, 0, None, || plan.run(streams, &keep, number))?;
+        Ok(Self {
+            child,
+            ending,
+            socket,
+            stdin: Some(stdin_writer),
+            stderr: stderr_reader,
+        })
+    }
+
+    /// Gives the hook its input, and the input's end.
+    fn tell(&mut self, state: &[u8]) {
+        if let Some(stdin) = self.stdin.take() {
+            // One that does not read its input is no failure. The state fits into the pipe.
+            let _ = std::fs::File::from(stdin).write_all(state);
+        }
+    }
+
+    /// Waits for the hook, as long as `init` lives; None if it ran out of time.
+    fn wait(&self, init: Option<&Child>, timeout: Duration) -> Option<How> {
+        let deadline = Instant::now().checked_add(timeout);
+        let init = init.map_or(self.child.pidfd.as_fd(), |init| init.pidfd.as_fd());
+        loop {
+            let left = deadline.map_or(timeout, |d| d.saturating_duration_since(Instant::now()));
+            let timespec = Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut ends = [
+                PollFd::new(&self.child.pidfd, PollFlags::IN),
+                PollFd::new(&init, PollFlags::IN),
+            ];
+            match poll(&mut ends, Some(&timespec)) {
+                Ok(0) => return None,
+                Ok(_) => {
+                    let [hook, _] = ends;
+                    return Some(match hook.revents().is_empty() {
+                        false => How::Ended,
+                        true => How::InitDied,
+                    });
+                }
+                // An interruption; nothing else can happen to a poll of two live descriptors.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// How a hook that has ended did.
+    fn outcome(mut self, reaper: &Reaper) -> Result<(), String> {
+        self.child.reap(reaper);
+        let status = self.ending.try_recv().map_err(|e| e.to_string())?;
+        if status == 0 {
+            return Ok(());
+        }
+        // What it says is there already; another child that was born meanwhile may have the socket for a moment.
+        let _ = rustix::io::ioctl_fionbio(&self.socket, true);
+        if let Ok((Message::Failed(failure), _)) = receive(&self.socket) {
+            let cause = std::io::Error::from(failure.errno);
+            return Err(format!("cannot be started: {cause}"));
+        }
+        let mut message = String::new();
+        // What it says is an extra; a process it left behind must not hold the agent.
+        let _ = rustix::io::ioctl_fionbio(&self.stderr, true);
+        let stderr = std::fs::File::from(self.stderr);
+        let _ = stderr.take(MAX_MESSAGE).read_to_string(&mut message);
+        Err(format!("exit status {status}: {}", message.trim()))
     }
 }
 
@@ -230,7 +358,12 @@ mod tests {
             bundle: std::path::Path::new("/b"),
             annotations: None,
         };
-        run("prestart", Some(&hooks(json)), Place::Runtime, state)
+        let run = HookRun {
+            reaper: &Reaper::default(),
+            init: None,
+            state,
+        };
+        run.all("prestart", Some(&hooks(json)), &Place::Runtime)
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! computed is so before it, in the agent. The child then makes raw system calls only (`init`, `exec`) and reports
 //! over a socket what failed, as a step and an errno, from which the agent makes a typed [`Error`].
 //!
-//! The caller reaps: the library waits for a child only when it returns an error for it.
+//! Every child is known to the agent's reaper from its birth, and told of at its end; the library itself waits for a
+//! child only when it returns an error for it, and for hooks. Its calls may take as long as hooks, mounts and files do:
+//! they are for threads of their own, and any of them may be under way for several containers, or for one, at once.
 
 mod capabilities;
 mod cgroup;
@@ -17,6 +19,8 @@ mod error;
 mod exec;
 mod hooks;
 mod init;
+mod kept;
+mod life;
 mod mounts;
 pub mod namespaces;
 mod options;
@@ -35,10 +39,12 @@ mod translate;
 mod validate;
 
 pub use cgroup::OomWatch;
-pub use container::{Container, Process, Status};
+pub use container::{Container, Executed, Process};
 pub use error::{Error, Kind, Result};
+pub use life::Status;
 pub use namespaces::{PidHolder, Shared, SharedNamespaces};
 pub use runtime::{Created, Runtime, RuntimeConfig, Stdio};
+pub use spawn::Birth;
 
 #[cfg(test)]
 mod tests;

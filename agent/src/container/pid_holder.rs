@@ -7,28 +7,27 @@ use oci_spec::runtime::LinuxNamespaceType as Type;
 
 use super::namespaces::open;
 use super::{Error, Result, spawn, sys};
+use crate::reaper::Reaper;
 
 /// The init of a pod's shared pid namespace: it holds the namespace and reaps its orphans, and does nothing else.
 #[derive(Debug)]
 pub struct PidHolder {
-    pid: u32,
-    pidfd: OwnedFd,
+    child: Arc<spawn::Child>,
     namespace: Arc<OwnedFd>,
 }
 
 impl PidHolder {
     /// Makes the namespace and its init: one fork.
-    pub fn spawn() -> Result<Self> {
-        let child = spawn::clone(libc::CLONE_NEWPID, None, || hold())?;
+    pub fn spawn(reaper: &Reaper) -> Result<Self> {
+        let (child, _) = spawn::clone(reaper, libc::CLONE_NEWPID, None, || hold())?;
         let path = format!("/proc/{}/ns/pid", child.pid);
         match open(std::path::Path::new(&path), Type::Pid) {
             Ok(namespace) => Ok(Self {
-                pid: child.pid,
-                pidfd: child.pidfd,
+                child,
                 namespace: Arc::new(namespace),
             }),
             Err(error) => {
-                spawn::kill_and_reap(&child.pidfd);
+                child.kill_and_reap(reaper);
                 Err(error)
             }
         }
@@ -36,12 +35,12 @@ impl PidHolder {
 
     /// Its pid in the agent's namespace.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.child.pid
     }
 
     /// Readable once it has ended.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.child.pidfd.as_fd()
     }
 
     /// For [`SharedNamespaces::pid`].
@@ -52,12 +51,11 @@ impl PidHolder {
     /// Ends it, and every process of the namespace with it. The caller reaps it, after those of the processes that
     /// are the agent's children: it ends only when they are gone.
     pub fn kill(&self) -> Result<()> {
-        rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).map_err(
-            |e| Error::Process {
+        rustix::process::pidfd_send_signal(&self.child.pidfd, rustix::process::Signal::KILL)
+            .map_err(|e| Error::Process {
                 step: "ending the pod's pid namespace".into(),
                 source: e.into(),
-            },
-        )
+            })
     }
 }
 

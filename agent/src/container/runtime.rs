@@ -10,16 +10,17 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::cgroup::{Cgroup, Hierarchy};
 use super::container::{Container, Parts};
-use super::device_filter::DeviceFilter;
-use super::hooks::{self, HookState, Place};
+use super::device_filter::{DeviceFilter, Program, Programs};
+use super::hooks::{self, HookRun, HookState, Place};
 use super::init::InitPlan;
 use super::namespaces::{IdMaps, NamespacePlan, SharedNamespaces};
 use super::plan::init_plan;
 use super::process::ProcessPlan;
 use super::report::Message;
-use super::seccomp::SeccompPlan;
-use super::spawn::{self, Child};
+use super::seccomp::{Filters, SeccompPlan};
+use super::spawn::{self, Birth, Child};
 use super::{Error, Result, terminal, translate, validate};
+use crate::reaper::{Ending, Reaper};
 
 /// Where the runtime keeps cgroups.
 #[derive(Clone, Debug)]
@@ -46,6 +47,9 @@ pub(super) struct Common {
     pub pid_namespace: OwnedFd,
     /// Device and inode of the agent's binary.
     pub own_binary: (u64, u64),
+    pub reaper: Arc<Reaper>,
+    pub programs: Programs,
+    pub filters: Filters,
 }
 
 /// Makes containers. The guest must have /proc, /sys and a cgroup2 mount, and /dev with the standard devices.
@@ -73,6 +77,8 @@ pub struct Stdio {
 pub struct Created {
     /// The container, waiting for its start.
     pub container: Container,
+    /// Tells of the end of its init.
+    pub ending: Ending,
     /// The terminal's master, if the spec asks for a terminal.
     pub terminal: Option<OwnedFd>,
 }
@@ -80,14 +86,15 @@ pub struct Created {
 /// A new process on its way to `execve`.
 #[derive(Debug)]
 pub(super) struct Newborn {
-    pub child: Child,
+    pub child: Arc<Child>,
+    pub ending: Ending,
     pub socket: OwnedFd,
     pub terminal: Option<OwnedFd>,
 }
 
 impl Runtime {
-    /// Prepares the runtime.
-    pub fn new(config: RuntimeConfig) -> Result<Self> {
+    /// Prepares the runtime. `reaper` learns of every child before it can end.
+    pub fn new(config: RuntimeConfig, reaper: Arc<Reaper>) -> Result<Self> {
         let hierarchy = Hierarchy::new(config.cgroup_root, config.cgroup_parent)?;
         let fail = |step: &str, source: io::Error| Error::Process {
             step: step.into(),
@@ -103,24 +110,29 @@ impl Runtime {
             common: Arc::new(Common {
                 pid_namespace,
                 own_binary,
+                reaper,
+                programs: Programs::default(),
+                filters: Filters::default(),
             }),
             hierarchy,
         })
     }
 
-    /// Makes a container up to, not including, the execution of its command. On failure nothing is left of it.
+    /// Makes a container up to, not including, the execution of its command. Its init is `birth`'s. On failure nothing
+    /// is left of it.
     pub fn create(
         &self,
         id: &str,
         spec: &oci::Spec,
         stdio: Stdio,
         shared: &SharedNamespaces,
+        birth: &Birth,
     ) -> Result<Created> {
         validate::id(id)?;
         let parts = validate::spec(spec)?;
         let linux = parts.linux;
         let namespaces = NamespacePlan::new(linux, shared)?;
-        let seccomp = linux.seccomp().as_ref().map(SeccompPlan::new).transpose()?;
+        let seccomp = self.seccomp(linux)?;
         let personality = linux
             .personality()
             .as_ref()
@@ -141,9 +153,10 @@ impl Runtime {
             .unwrap_or(&no_rules);
         let filter = DeviceFilter::new(rules)?;
         let cgroup = self.hierarchy.create(id, linux.cgroups_path().as_deref())?;
-        let made = set_limits(&cgroup, resources, &filter).and_then(|filter| {
+        let programs = &self.common.programs;
+        let made = set_limits(&cgroup, resources, programs, &filter).and_then(|filter| {
             let mut plan = init_plan(spec, &parts, namespaces, process, &cgroup)?;
-            let born = self.give_birth(id, spec, &cgroup, &mut plan)?;
+            let born = self.give_birth(id, spec, &cgroup, &mut plan, birth)?;
             Ok((filter, plan, born))
         });
         let (filter, plan, born) = made.inspect_err(|_| {
@@ -152,6 +165,7 @@ impl Runtime {
         })?;
         let Newborn {
             child,
+            ending,
             socket,
             terminal,
         } = born;
@@ -171,8 +185,18 @@ impl Runtime {
         });
         Ok(Created {
             container,
+            ending,
             terminal,
         })
+    }
+
+    /// The system call filter, if there is to be one.
+    fn seccomp(&self, linux: &oci::Linux) -> Result<Option<Arc<SeccompPlan>>> {
+        let filter_of = |rules: &oci::LinuxSeccomp| {
+            let compile = || SeccompPlan::new(rules).map(Arc::new);
+            self.common.filters.get(rules, compile)
+        };
+        linux.seccomp().as_ref().map(filter_of).transpose()
     }
 
     /// Makes the init and brings it to where it waits for its start.
@@ -182,45 +206,52 @@ impl Runtime {
         spec: &oci::Spec,
         cgroup: &Cgroup,
         plan: &mut InitPlan,
+        birth: &Birth,
     ) -> Result<Newborn> {
         let (socket, child_socket) = socket_pair()?;
         plan.keep.push(child_socket.as_raw_fd());
         plan.keep.sort_unstable();
         let plan = &*plan;
         let number = child_socket.as_raw_fd();
-        let child = in_pid_namespace(
+        let (kinds, reaper) = (plan.namespaces.clone, &*self.common.reaper);
+        let (child, ending) = in_pid_namespace(
             plan.namespaces.pid.as_ref().map(AsFd::as_fd),
             &self.common,
-            || {
-                spawn::clone(plan.namespaces.clone, Some(cgroup.dir()), || {
-                    plan.run(number)
-                })
-            },
+            || spawn::clone(reaper, kinds, Some(cgroup.dir()), || plan.run(number)),
         )?;
+        birth.set(&child);
         drop(child_socket);
         let born = Newborn {
             child,
+            ending,
             socket,
             terminal: None,
         };
-        supervise(id, spec, plan, born)
+        supervise(id, spec, plan, born, reaper)
     }
 }
 
 /// Speaks with the init until it is ready. On failure it is reaped.
-fn supervise(id: &str, spec: &oci::Spec, plan: &InitPlan, mut born: Newborn) -> Result<Newborn> {
+fn supervise(
+    id: &str,
+    spec: &oci::Spec,
+    plan: &InitPlan,
+    mut born: Newborn,
+    reaper: &Reaper,
+) -> Result<Newborn> {
     let result = (|| {
         if let Some(maps) = &plan.namespaces.id_maps {
             write_id_maps(&born.child, maps, plan)?;
-            go_on(&born.socket)?;
+            // Of a death the next message tells.
+            let _ = go_on(&born.socket)?;
         }
         loop {
             let (message, fd) = receive(&born.socket)?;
             match message {
                 Message::Terminal => born.terminal = fd,
                 Message::Hooks => {
-                    run_create_hooks(id, spec, plan, &born.child)?;
-                    go_on(&born.socket)?;
+                    run_create_hooks(id, spec, plan, &born.child, reaper)?;
+                    let _ = go_on(&born.socket)?;
                 }
                 Message::Ready => return Ok(()),
                 Message::Failed(failure) => return Err(translate::init_failure(plan, failure)),
@@ -231,39 +262,48 @@ fn supervise(id: &str, spec: &oci::Spec, plan: &InitPlan, mut born: Newborn) -> 
     match result {
         Ok(()) => Ok(born),
         Err(error) => {
-            spawn::kill_and_reap(&born.child.pidfd);
+            born.child.kill_and_reap(reaper);
             Err(error)
         }
     }
 }
 
-fn run_create_hooks(id: &str, spec: &oci::Spec, plan: &InitPlan, child: &Child) -> Result<()> {
+fn run_create_hooks(
+    id: &str,
+    spec: &oci::Spec,
+    plan: &InitPlan,
+    child: &Child,
+    reaper: &Reaper,
+) -> Result<()> {
     let Some(hooks) = spec.hooks() else {
         return Ok(());
     };
     let bundle = spec.root().as_ref().map(bundle).unwrap_or_default();
-    let state = HookState {
-        id,
-        status: "creating",
-        pid: child.pid,
-        bundle: &bundle,
-        annotations: spec.annotations().as_ref(),
+    let run = HookRun {
+        reaper,
+        init: Some(child),
+        state: HookState {
+            id,
+            status: "creating",
+            pid: child.pid,
+            bundle: &bundle,
+            annotations: spec.annotations().as_ref(),
+        },
     };
     #[allow(deprecated, reason = "bundles still have prestart hooks")]
     let prestart = hooks.prestart().as_ref();
-    hooks::run("prestart", prestart, Place::Runtime, state)?;
-    hooks::run(
+    run.all("prestart", prestart, &Place::Runtime)?;
+    run.all(
         "createRuntime",
         hooks.create_runtime().as_ref(),
-        Place::Runtime,
-        state,
+        &Place::Runtime,
     )?;
     let create_container = hooks.create_container().as_ref();
     if !hooks::any(create_container) {
         return Ok(());
     }
     let place = Place::of(child.pid, child.pidfd.as_fd(), plan.namespaces.own)?;
-    hooks::run("createContainer", create_container, place, state)
+    run.all("createContainer", create_container, &place)
 }
 
 /// The directory that the root is in, which for every bundle is the bundle.
@@ -274,22 +314,24 @@ fn bundle(root: &oci::Root) -> PathBuf {
 fn set_limits(
     cgroup: &Cgroup,
     resources: Option<&oci::LinuxResources>,
+    programs: &Programs,
     filter: &DeviceFilter,
-) -> Result<Option<OwnedFd>> {
+) -> Result<Option<Program>> {
     if let Some(resources) = resources {
         cgroup.set_resources(resources)?;
     }
-    attach_filter(cgroup, filter, None)
+    attach_filter(cgroup, programs, filter, None)
 }
 
 /// Attaches a device filter.
 pub(super) fn attach_filter(
     cgroup: &Cgroup,
+    programs: &Programs,
     filter: &DeviceFilter,
-    old: Option<&OwnedFd>,
-) -> Result<Option<OwnedFd>> {
+    old: Option<&Program>,
+) -> Result<Option<Program>> {
     filter
-        .attach(cgroup.dir(), old)
+        .attach(cgroup.dir(), programs, old)
         .map_err(|source| Error::Cgroup {
             step: "attaching the device filter to",
             path: cgroup.path().into(),
@@ -350,12 +392,11 @@ pub(super) fn in_pid_namespace<T>(
     result
 }
 
-/// Lets a child go on.
-pub(super) fn go_on(socket: &OwnedFd) -> Result<()> {
+/// Lets a child go on; false if it has died.
+pub(super) fn go_on(socket: &OwnedFd) -> Result<bool> {
     match Message::Continue.send(socket.as_raw_fd()) {
-        Ok(()) => Ok(()),
-        // It died: the next receive says so.
-        Err(super::sys::Errno(libc::EPIPE | libc::ECONNRESET)) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(super::sys::Errno(libc::EPIPE | libc::ECONNRESET)) => Ok(false),
         Err(errno) => Err(Error::Process {
             step: "speaking to the init".into(),
             source: errno.into(),

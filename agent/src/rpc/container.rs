@@ -7,10 +7,11 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::Agent;
 use super::process::{process_stdio, size};
 use super::state::{Container, Exec};
-use super::{Agent, lock};
-use crate::container::{self, Stdio};
+use super::{CREATIONS, OPERATIONS, on_thread};
+use crate::container::{self, Birth};
 use crate::error::Error;
 use crate::events::Events;
 use crate::streams::Streams;
@@ -25,10 +26,12 @@ impl Agent {
         &self,
         request: &proto::CreateContainerRequest,
     ) -> Result<u32, Error> {
-        self.prepare()?;
         let id = checked_id("container id", &request.container_id)?;
         let spec: Spec = parse("the OCI specification", &request.spec)?;
-        let reservation = self.containers.reserve(id)?;
+        let birth = Arc::new(Birth::default());
+        let reservation = self.containers.reserve(id, birth.clone())?;
+        let creating = || format!("creating container {id:?}");
+        let slot = self.slot(CREATIONS, &creating)?;
         let what = || format!("container {id:?}");
         let stdio = request.stdio.get_or_default();
         let has_terminal = spec
@@ -41,118 +44,104 @@ impl Agent {
                 what: what(),
                 source,
             })?;
-        // From here to the end there is no await: a caller that goes away leaves a whole container or none.
         let (stdio, pending) = process_stdio(streams, has_terminal, size(stdio)?, &what)?;
-        let created = self.create(id, &spec, stdio)?;
-        let pid = created.container.pid();
-        let exited = self.prepare()?.reaper.watch(pid);
+        let shared = self.shared_namespaces(request.pod_pid_namespace)?;
+        let runtime = self.prepare()?.runtime.clone();
+        let name = id.to_owned();
+        let created = on_thread(slot, &creating, move || {
+            runtime.create(&name, &spec, stdio, &shared, &birth)
+        })
+        .await?;
+        let runtime = Arc::new(created.container);
+        let pid = runtime.pid();
         let terminal = match pending.start(created.terminal) {
             Ok(terminal) => terminal,
             Err(source) => {
-                // The terminal's end of the agent is gone, so that nobody could talk to the process. The library
-                // reaps it.
-                self.prepare()?.reaper.forget(pid);
-                let _ = created.container.delete();
+                // The terminal's end of the agent is gone, so that nobody could talk to the process.
+                let slot = self.slot(usize::MAX, &creating)?;
+                let _ = slot.run(move || runtime.delete()).await;
                 return Err(Error::Streams {
                     what: what(),
                     source,
                 });
             }
         };
-        let container = Container::new(created.container, terminal);
+        let container = Container::new(runtime, terminal);
         reservation.fill(container.clone());
         let events = self.events.clone();
         tokio::spawn(async move {
-            if let Ok(status) = exited.await {
+            if let Ok(status) = created.ending.await {
                 container.init_ended(status, &events);
             }
         });
         Ok(pid)
     }
 
-    fn create(&self, id: &str, spec: &Spec, stdio: Stdio) -> Result<container::Created, Error> {
-        let shared = lock(&self.sandbox).shared.clone();
-        self.prepare()?
-            .runtime
-            .create(id, spec, stdio, &shared)
-            .map_err(|source| Error::Container {
-                what: format!("creating container {id:?}"),
-                source,
-            })
-    }
-
     /// Forgets a container and removes what it had. One that was never started is killed first.
     pub(super) async fn delete_container(&self, id: &str) -> Result<Option<proto::Exit>, Error> {
         let container = self.containers.get(id)?;
-        let unstarted = {
-            let mut state = container.lock();
-            let runtime = state.runtime(id)?;
-            match runtime.status() {
-                container::Status::Stopped => false,
-                container::Status::Created => {
-                    runtime.kill_all(SIGKILL).map_err(failed("killing", id))?;
-                    true
-                }
-                container::Status::Running => return Err(not_deletable(id, "it is running")),
-                container::Status::Paused => return Err(not_deletable(id, "it is paused")),
-            }
-        };
-        if unstarted {
-            container.ended().await;
-        }
-        let (runtime, exit) = {
-            let mut state = container.lock();
-            (state.runtime.take(), state.exit.clone())
-        };
-        // Somebody else has deleted it meanwhile.
-        let runtime = runtime.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
-        match runtime.delete() {
+        let deleted = self
+            .operate(&container, "deleting", |runtime| runtime.delete())
+            .await;
+        match deleted {
             Ok(()) => {}
             // The container is gone all the same, as OCI has it for these hooks.
-            Err((_, error @ container::Error::Hook { .. })) => {
-                let error = failed("deleting", id)(error);
-                crate::power::report(&format!("cella-agent: {}\n", error.message()));
-            }
-            Err((runtime, error)) => {
-                // It stays, so that Delete can be tried again.
-                container.lock().runtime = Some(runtime);
-                return Err(failed("deleting", id)(error));
-            }
+            Err(
+                error @ Error::Container {
+                    source: container::Error::Hook { .. },
+                    ..
+                },
+            ) => crate::power::report(&format!("cella-agent: {}\n", error.message())),
+            // It stays, so that Delete can be tried again.
+            Err(error) => return Err(error),
         }
+        container.ended().await;
         self.containers.remove(id);
+        let exit = container.lock().exit.clone();
         Ok(exit)
     }
 
-    pub(super) fn pause_container(&self, id: &str) -> Result<(), Error> {
+    pub(super) async fn pause_container(&self, id: &str) -> Result<(), Error> {
         let container = self.containers.get(id)?;
-        let mut state = container.lock();
-        state.runtime(id)?.freeze().map_err(failed("pausing", id))
+        self.operate(&container, "pausing", |runtime| runtime.freeze())
+            .await
     }
 
-    pub(super) fn resume_container(&self, id: &str) -> Result<(), Error> {
+    pub(super) async fn resume_container(&self, id: &str) -> Result<(), Error> {
         let container = self.containers.get(id)?;
-        let mut state = container.lock();
-        state.runtime(id)?.thaw().map_err(failed("resuming", id))
+        self.operate(&container, "resuming", |runtime| runtime.thaw())
+            .await
     }
 
-    pub(super) fn update_container(&self, request: &proto::UpdateRequest) -> Result<(), Error> {
-        let id = &request.container_id;
-        let container = self.containers.get(id)?;
+    pub(super) async fn update_container(
+        &self,
+        request: &proto::UpdateRequest,
+    ) -> Result<(), Error> {
+        let container = self.containers.get(&request.container_id)?;
         let resources: LinuxResources = parse("the OCI resources", &request.resources)?;
-        let mut state = container.lock();
-        state
-            .runtime(id)?
-            .update(&resources)
-            .map_err(failed("updating", id))
+        self.operate(&container, "updating", move |runtime| {
+            runtime.update(&resources)
+        })
+        .await
+    }
+
+    /// Something of the library's that may take long, on a thread.
+    pub(super) async fn operate<T: Send + 'static>(
+        &self,
+        container: &Container,
+        doing: &str,
+        work: impl FnOnce(&container::Container) -> container::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let what = || format!("{doing} container {:?}", container.id);
+        let slot = self.slot(OPERATIONS, &what)?;
+        let runtime = container.runtime.clone();
+        on_thread(slot, &what, move || work(&runtime)).await
     }
 
     pub(super) fn container_stats(&self, id: &str) -> Result<proto::StatsResponse, Error> {
         let container = self.containers.get(id)?;
-        let mut stats = container
-            .lock()
-            .runtime(id)?
-            .stats()
-            .map_err(failed("reading the counters of", id))?;
+        let stats = container.runtime.stats();
+        let mut stats = stats.map_err(failed("reading the counters of", id))?;
         stats.interfaces = crate::network::statistics()?;
         Ok(stats)
     }
@@ -177,7 +166,7 @@ impl Agent {
             exits.extend(state.exit.clone());
             exits.extend(state.execs.values().filter_map(|exec| match exec {
                 Exec::Ended(exit) => Some(exit.clone()),
-                Exec::Created(_) | Exec::Running(_) => None,
+                Exec::Created(_) | Exec::Starting(_) | Exec::Running(_) => None,
             }));
         }
         exits.into_iter().map(super::state::exit_event).collect()
@@ -187,41 +176,33 @@ impl Agent {
         let containers = self.containers.all();
         containers
             .iter()
-            .filter_map(|container| {
-                let state = container.lock();
-                let runtime = state.runtime.as_ref()?;
-                Some(proto::ContainerInfo {
-                    container_id: container.id.clone(),
-                    state: proto_state(runtime.status()).into(),
-                    pid: runtime.pid(),
-                    exit: state.exit.clone().into(),
-                    ..Default::default()
-                })
+            .map(|container| proto::ContainerInfo {
+                container_id: container.id.clone(),
+                state: proto_state(container.runtime.status()).into(),
+                pid: container.runtime.pid(),
+                exit: container.lock().exit.clone().into(),
+                ..Default::default()
             })
             .collect()
     }
 
     /// Kills everything that runs, without waiting for its end.
     pub(super) fn kill_everything(&self) {
+        // The guest ends anyway.
+        for birth in self.containers.births() {
+            let _ = birth.signal(SIGKILL);
+        }
         for container in self.containers.all() {
-            if let Some(runtime) = &container.lock().runtime {
-                // The guest ends anyway.
-                let _ = runtime.kill_all(SIGKILL);
-            }
+            let _ = container.runtime.kill_all(SIGKILL);
         }
     }
 }
 
 /// Reports the container's out-of-memory kills from now to its end. Without a memory controller there are none.
 pub(super) fn watch_oom(container: Arc<Container>, events: Arc<Events>) {
-    let watch = {
-        let state = container.lock();
-        state
-            .runtime
-            .as_ref()
-            .and_then(|runtime| runtime.oom_watch().ok())
+    let Ok(watch) = container.runtime.oom_watch() else {
+        return;
     };
-    let Some(watch) = watch else { return };
     let Ok(descriptor) = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 0) else {
         return;
     };
@@ -278,19 +259,13 @@ pub(super) fn failed(doing: &str, id: &str) -> impl FnOnce(container::Error) -> 
     move |source| Error::Container { what, source }
 }
 
-fn not_deletable(id: &str, state: &'static str) -> Error {
-    Error::State {
-        operation: "deleting",
-        what: format!("container {id:?}"),
-        state,
-    }
-}
-
+/// What others see of a container while something is under way: what it was, until it is something else.
 fn proto_state(status: container::Status) -> proto::State {
+    use container::Status;
     match status {
-        container::Status::Created => proto::State::STATE_CREATED,
-        container::Status::Running => proto::State::STATE_RUNNING,
-        container::Status::Paused => proto::State::STATE_PAUSED,
-        container::Status::Stopped => proto::State::STATE_STOPPED,
+        Status::Created | Status::Starting => proto::State::STATE_CREATED,
+        Status::Running | Status::Pausing => proto::State::STATE_RUNNING,
+        Status::Paused | Status::Resuming => proto::State::STATE_PAUSED,
+        Status::Stopped | Status::Deleting => proto::State::STATE_STOPPED,
     }
 }

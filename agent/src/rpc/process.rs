@@ -1,15 +1,17 @@
 //! Exec, Start, Signal, Delete of a process, terminals, and the list of processes.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use cella_proto::agent as proto;
 use oci_spec::runtime::Process;
 
-use super::Agent;
 use super::container::{checked_id, failed, parse, watch_oom};
 use super::state::{Container, Exec, Prepared, Running};
-use crate::container::{self, Kind, Stdio};
+use super::{Agent, OPERATIONS, on_thread};
+use crate::container::{self, Birth, Kind, Stdio};
 use crate::error::Error;
+use crate::reaper::Ending;
 use crate::streams::{self, Pipes, Streams, Terminal};
 
 /// Exit statuses of a command that could not be executed, as shells and container runtimes have them.
@@ -123,110 +125,87 @@ impl Agent {
     }
 
     /// Starts a container's init, or a process made by Exec. Returns its pid.
-    pub(super) fn start_process(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
+    pub(super) async fn start_process(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         let container = self.containers.get(id)?;
         if exec_id.is_empty() {
-            return self.start_init(container);
+            return self.start_init(container).await;
         }
-        self.start_exec(container, exec_id)
+        self.start_exec(container, exec_id).await
     }
 
-    fn start_init(&self, container: std::sync::Arc<Container>) -> Result<u32, Error> {
-        let id = container.id.clone();
-        let (pid, started) = {
-            let mut state = container.lock();
-            let runtime = state.runtime(&id)?;
-            if runtime.status() != container::Status::Created {
-                return Err(Error::State {
-                    operation: "starting",
-                    what: format!("container {id:?}"),
-                    state: "it was started already",
-                });
-            }
-            (runtime.pid(), runtime.start())
-        };
-        if let Err(source) = started {
-            let stopped = container.lock().runtime(&id)?.status() == container::Status::Stopped;
-            if stopped {
-                // The library has reaped it.
-                self.prepare()?.reaper.forget(pid);
-                container.init_ended(failed_status(&source), &self.events);
-            }
-            // Else a poststart hook failed: the init is killed, and its end comes by the reaper.
-            return Err(failed("starting", &id)(source));
+    async fn start_init(&self, container: Arc<Container>) -> Result<u32, Error> {
+        container.start_begins();
+        let started = self
+            .operate(&container, "starting", |runtime| runtime.start())
+            .await;
+        container.start_is_over(started.as_ref().err().and_then(verdict), &self.events);
+        started?;
+        watch_oom(container.clone(), self.events.clone());
+        if container.runtime.has_poststart_hooks() {
+            self.operate(&container, "starting", |runtime| {
+                runtime.run_poststart_hooks()
+            })
+            .await?;
         }
-        watch_oom(container, self.events.clone());
-        Ok(pid)
+        Ok(container.runtime.pid())
     }
 
-    fn start_exec(
-        &self,
-        container: std::sync::Arc<Container>,
-        exec_id: &str,
-    ) -> Result<u32, Error> {
-        let id = container.id.clone();
+    async fn start_exec(&self, container: Arc<Container>, exec_id: &str) -> Result<u32, Error> {
+        let id = &container.id;
         let what = || format!("process {exec_id:?} of container {id:?}");
-        let mut state = container.lock();
-        let exec = state.exec(&id, exec_id)?;
-        if !matches!(exec, Exec::Created(_)) {
-            return Err(Error::State {
-                operation: "starting",
-                what: what(),
-                state: "it was started already",
-            });
-        }
-        let Some(Exec::Created(prepared)) = state.execs.remove(exec_id) else {
-            return Err(Error::NoProcess {
-                container: id.clone(),
-                exec: exec_id.to_owned(),
-            });
-        };
-        let spec = prepared.process;
-        let terminal = spec.terminal().unwrap_or(false);
-        let (stdio, pending) = process_stdio(prepared.streams, terminal, prepared.size, &what)?;
-        let mut process = match state.runtime(&id)?.exec(&spec, stdio) {
-            Ok(process) => process,
-            Err(source) => {
-                // It stays, ended, until Delete.
-                state
-                    .execs
-                    .insert(exec_id.to_owned(), Exec::Ended(proto::Exit::new()));
-                drop(state);
-                container.exec_ended(exec_id, failed_status(&source), &self.events);
-                return Err(Error::Container {
-                    what: format!("starting {}", what()),
+        let starting = || format!("starting {}", what());
+        // Both before the process is anything but created: one that finds no place can be started again.
+        let _permit = container.execs.acquire().await;
+        let slot = self.slot(OPERATIONS, &starting)?;
+        let birth = Arc::new(Birth::default());
+        let prepared = container.lock().take_prepared(id, exec_id, &birth)?;
+        let work = async {
+            let spec = prepared.process;
+            let terminal = spec.terminal().unwrap_or(false);
+            let (stdio, pending) = process_stdio(prepared.streams, terminal, prepared.size, &what)?;
+            let runtime = container.runtime.clone();
+            let exec = move || runtime.exec(&spec, stdio, &birth);
+            let executed = on_thread(slot, &starting, exec).await?;
+            let process = executed.process;
+            let terminal = pending.start(executed.terminal).map_err(|source| {
+                // Nobody could talk to it; the reaper takes it.
+                let _ = process.signal(libc::SIGKILL);
+                Error::Streams {
+                    what: what(),
                     source,
-                });
-            }
+                }
+            })?;
+            Ok((Running { process, terminal }, executed.ending))
         };
-        let pid = process.pid;
-        let exited = self.prepare()?.reaper.watch(pid);
-        let terminal = pending.start(process.terminal.take()).map_err(|source| {
-            // Nobody could talk to it; the reaper takes it.
-            let _ = process.signal(libc::SIGKILL);
-            Error::Streams {
-                what: what(),
-                source,
+        match work.await {
+            Ok((running, ending)) => {
+                let pid = running.process.pid();
+                container.lock().set_running(exec_id, running);
+                self.await_exec(container.clone(), exec_id, ending);
+                Ok(pid)
             }
-        })?;
-        state.execs.insert(
-            exec_id.to_owned(),
-            Exec::Running(Running { process, terminal }),
-        );
-        drop(state);
+            Err(error) => {
+                // It stays, ended, until Delete.
+                let status = verdict(&error).unwrap_or(STATUS_FAILED);
+                container.exec_ended(exec_id, status, &self.events);
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits for the end of a process that runs.
+    fn await_exec(&self, container: Arc<Container>, exec_id: &str, ending: Ending) {
         let events = self.events.clone();
         let exec_id = exec_id.to_owned();
         tokio::spawn(async move {
-            if let Ok(status) = exited.await {
+            if let Ok(status) = ending.await {
                 container.exec_ended(&exec_id, status, &events);
             }
         });
-        Ok(pid)
     }
 
     pub(super) fn signal_process(&self, request: &proto::SignalRequest) -> Result<(), Error> {
         let id = &request.container_id;
-        let container = self.containers.get(id)?;
         let signal = match request.signal {
             signal @ 1..=MAX_SIGNAL => signal.cast_signed(),
             signal => {
@@ -236,30 +215,36 @@ impl Agent {
                 });
             }
         };
-        let mut state = container.lock();
         let doing = format!("sending signal {signal} to");
+        if let Some(birth) = self.containers.birth(id)
+            && request.exec_id.is_empty()
+        {
+            let what = || format!("the init of container {id:?}");
+            return signal_newborn(&birth, signal, &doing, &what);
+        }
+        let container = self.containers.get(id)?;
         if request.all {
-            let runtime = state.runtime(id)?;
+            let runtime = &container.runtime;
             return runtime.kill_all(signal).map_err(failed(&doing, id));
         }
+        let mut state = container.lock();
         if request.exec_id.is_empty() {
             if state.exit.is_some() {
                 return Err(Error::Ended(format!("the init of container {id:?}")));
             }
-            let runtime = state.runtime(id)?;
+            let runtime = &container.runtime;
             return runtime.signal(signal).map_err(failed(&doing, id));
         }
         let what = || format!("process {:?} of container {id:?}", request.exec_id);
         match state.exec(id, &request.exec_id)? {
             Exec::Running(running) => {
-                running
-                    .process
-                    .signal(signal)
-                    .map_err(|source| Error::Container {
-                        what: format!("{doing} {}", what()),
-                        source,
-                    })
+                let sent = running.process.signal(signal);
+                sent.map_err(|source| Error::Container {
+                    what: format!("{doing} {}", what()),
+                    source,
+                })
             }
+            Exec::Starting(starting) => signal_newborn(&starting.birth, signal, &doing, &what),
             Exec::Ended(_) => Err(Error::Ended(what())),
             Exec::Created(_) => Err(Error::State {
                 operation: "signalling",
@@ -273,11 +258,16 @@ impl Agent {
     pub(super) fn delete_exec(&self, id: &str, exec: &str) -> Result<Option<proto::Exit>, Error> {
         let container = self.containers.get(id)?;
         let mut state = container.lock();
-        if let Exec::Running(_) = state.exec(id, exec)? {
+        let state_now = match state.exec(id, exec)? {
+            Exec::Starting(_) => Some("it is being started"),
+            Exec::Running(_) => Some("it is running"),
+            Exec::Created(_) | Exec::Ended(_) => None,
+        };
+        if let Some(state) = state_now {
             return Err(Error::State {
                 operation: "deleting",
                 what: format!("process {exec:?} of container {id:?}"),
-                state: "it is running",
+                state,
             });
         }
         Ok(match state.execs.remove(exec) {
@@ -300,6 +290,10 @@ impl Agent {
                     prepared.size = Some((rows, columns));
                     return Ok(());
                 }
+                Exec::Starting(starting) => {
+                    starting.size = Some((rows, columns));
+                    return Ok(());
+                }
                 Exec::Ended(_) => None,
             }
         };
@@ -318,29 +312,54 @@ impl Agent {
             })
     }
 
-    pub(super) fn processes(&self, id: &str) -> Result<Vec<proto::ProcessInfo>, Error> {
+    /// On a thread: the command line of a process that waits for a file is not to be had meanwhile.
+    pub(super) async fn processes(&self, id: &str) -> Result<Vec<proto::ProcessInfo>, Error> {
         let container = self.containers.get(id)?;
-        let mut state = container.lock();
-        let pids = state
-            .runtime(id)?
-            .pids()
-            .map_err(failed("listing the processes of", id))?;
+        let list = |runtime: &container::Container| {
+            let pids = runtime.pids()?;
+            Ok(pids.into_iter().map(|pid| (pid, command(pid))).collect())
+        };
+        let listed: Vec<(u32, String)> = self
+            .operate(&container, "listing the processes of", list)
+            .await?;
+        let state = container.lock();
         let exec_id = |pid: u32| {
             let mut execs = state.execs.iter();
             execs.find_map(|(exec_id, exec)| match exec {
-                Exec::Running(running) if running.process.pid == pid => Some(exec_id.clone()),
+                Exec::Running(running) if running.process.pid() == pid => Some(exec_id.clone()),
                 _ => None,
             })
         };
-        Ok(pids
+        Ok(listed
             .into_iter()
-            .map(|pid| proto::ProcessInfo {
+            .map(|(pid, command)| proto::ProcessInfo {
                 pid,
                 exec_id: exec_id(pid).unwrap_or_default(),
-                command: command(pid),
+                command,
                 ..Default::default()
             })
             .collect())
+    }
+}
+
+/// Signals a process that is being made, if there is one yet.
+fn signal_newborn(
+    birth: &Birth,
+    signal: i32,
+    doing: &str,
+    what: &impl Fn() -> String,
+) -> Result<(), Error> {
+    match birth.signal(signal) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::State {
+            operation: "signalling",
+            what: what(),
+            state: "it is being made and is no process yet",
+        }),
+        Err(source) => Err(Error::Container {
+            what: format!("{doing} {}", what()),
+            source,
+        }),
     }
 }
 
@@ -361,10 +380,19 @@ fn command(pid: u32) -> String {
     }
 }
 
-fn failed_status(error: &container::Error) -> u32 {
-    match error.kind() {
+/// The exit status of a process that failed to start, if it is not what its end says.
+fn verdict(error: &Error) -> Option<u32> {
+    let Error::Container { source, .. } = error else {
+        return None;
+    };
+    match source {
+        // Somebody else started it, or killed it.
+        container::Error::State { .. } | container::Error::Died => return None,
+        _ => {}
+    }
+    Some(match source.kind() {
         Kind::NotFound => STATUS_NOT_FOUND,
         Kind::PermissionDenied => STATUS_NOT_EXECUTABLE,
         _ => STATUS_FAILED,
-    }
+    })
 }

@@ -6,6 +6,7 @@ use super::{Agent, lock};
 use crate::container::namespaces::PidHolder;
 use crate::container::{Shared, SharedNamespaces};
 use crate::error::Error;
+use crate::reaper::Reaper;
 
 /// What SetUpSandbox leaves for the containers.
 #[derive(Default)]
@@ -20,7 +21,7 @@ pub(super) struct State {
 impl Agent {
     /// Sets the pod up, once. A set-up that failed may be tried again.
     pub(super) fn set_sandbox_up(&self, request: &SetUpSandboxRequest) -> Result<(), Error> {
-        self.prepare()?;
+        let reaper = &self.prepare()?.reaper;
         let mut state = lock(&self.sandbox);
         if state.set_up {
             return Err(Error::State {
@@ -30,15 +31,43 @@ impl Agent {
             });
         }
         crate::sandbox::set_up(request)?;
-        if request.shared_pid_namespace && state.pids.is_none() {
-            let holder = PidHolder::spawn().map_err(|source| Error::Container {
-                what: "making the pod's pid namespace".to_owned(),
+        if !request.interfaces.is_empty() {
+            crate::forward::start(&self.options.transport).map_err(|source| Error::System {
+                what: format!("listening on port {}", crate::forward::PORT),
                 source,
             })?;
-            state.shared.pid = Shared::Fd(holder.namespace());
-            state.pids = Some(holder);
+        }
+        if request.shared_pid_namespace {
+            state.shared.pid = state.pod_pids(reaper)?;
         }
         state.set_up = true;
         Ok(())
+    }
+
+    /// The namespaces that a container shares with its pod; with `pod_pids`, the pod's pids are among them.
+    pub(super) fn shared_namespaces(&self, pod_pids: bool) -> Result<SharedNamespaces, Error> {
+        let reaper = &self.prepare()?.reaper;
+        let mut state = lock(&self.sandbox);
+        let mut shared = state.shared.clone();
+        if pod_pids {
+            shared.pid = state.pod_pids(reaper)?;
+        }
+        Ok(shared)
+    }
+}
+
+impl State {
+    /// The pod's pid namespace, made when it is first wanted.
+    fn pod_pids(&mut self, reaper: &Reaper) -> Result<Shared, Error> {
+        let holder = match self.pids.take() {
+            Some(holder) => holder,
+            None => PidHolder::spawn(reaper).map_err(|source| Error::Container {
+                what: "making the pod's pid namespace".to_owned(),
+                source,
+            })?,
+        };
+        let namespace = holder.namespace();
+        self.pids = Some(holder);
+        Ok(Shared::Fd(namespace))
     }
 }

@@ -6,27 +6,7 @@ use cella_proto::agent as proto;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::harness::{Sandbox, process, read_all, soon, status, stream};
-
-fn container_ref(id: &str) -> proto::ContainerRef {
-    proto::ContainerRef {
-        container_id: id.to_owned(),
-        ..Default::default()
-    }
-}
-
-async fn state(sandbox: &Sandbox, id: &str) -> Option<proto::State> {
-    let request = proto::Empty::new();
-    let list = sandbox
-        .client
-        .list_containers(soon(), &request)
-        .await
-        .unwrap();
-    let mut containers = list.containers.iter();
-    containers
-        .find(|container| container.container_id == id)
-        .map(|container| container.state.unwrap())
-}
+use crate::harness::{Sandbox, container_ref, process, read_all, soon, status, stream};
 
 #[tokio::test]
 async fn a_container_is_created_started_ended_and_deleted() {
@@ -39,10 +19,7 @@ async fn a_container_is_created_started_ended_and_deleted() {
         .await
         .unwrap();
     assert!(created.pid > 1);
-    assert_eq!(
-        state(&sandbox, "a").await,
-        Some(proto::State::STATE_CREATED)
-    );
+    assert_eq!(sandbox.state("a").await, Some(proto::State::STATE_CREATED));
     let mut events = sandbox.watch().await;
     assert_eq!(sandbox.start_process("a", "").await.unwrap(), created.pid);
     let exit = events.exit().await;
@@ -52,10 +29,7 @@ async fn a_container_is_created_started_ended_and_deleted() {
     );
     assert_eq!(exit.exit_status, 7);
     assert!(exit.exited_at_ns > 0 && !exit.oom_killed);
-    assert_eq!(
-        state(&sandbox, "a").await,
-        Some(proto::State::STATE_STOPPED)
-    );
+    assert_eq!(sandbox.state("a").await, Some(proto::State::STATE_STOPPED));
     // Who watches from now on learns of it too.
     assert_eq!(sandbox.watch().await.exit().await, exit);
     let again = sandbox.start_process("a", "").await;
@@ -63,7 +37,7 @@ async fn a_container_is_created_started_ended_and_deleted() {
     let signalled = sandbox.signal("a", "", libc::SIGTERM).await;
     assert_eq!(status(signalled).0, Code::NOT_FOUND);
     assert_eq!(sandbox.delete("a", "").await.unwrap(), Some(exit));
-    assert_eq!(state(&sandbox, "a").await, None);
+    assert_eq!(sandbox.state("a").await, None);
     assert_eq!(status(sandbox.delete("a", "").await).0, Code::NOT_FOUND);
 }
 
@@ -164,7 +138,7 @@ async fn a_paused_container_stands_still_and_cannot_be_deleted() {
         .pause(soon(), &container_ref("a"))
         .await
         .unwrap();
-    assert_eq!(state(&sandbox, "a").await, Some(proto::State::STATE_PAUSED));
+    assert_eq!(sandbox.state("a").await, Some(proto::State::STATE_PAUSED));
     assert_eq!(
         status(sandbox.delete("a", "").await).0,
         Code::FAILED_PRECONDITION
@@ -174,10 +148,7 @@ async fn a_paused_container_stands_still_and_cannot_be_deleted() {
         .resume(soon(), &container_ref("a"))
         .await
         .unwrap();
-    assert_eq!(
-        state(&sandbox, "a").await,
-        Some(proto::State::STATE_RUNNING)
-    );
+    assert_eq!(sandbox.state("a").await, Some(proto::State::STATE_RUNNING));
 }
 
 #[tokio::test]
@@ -192,7 +163,7 @@ async fn a_container_that_was_never_started_can_be_deleted() {
         .unwrap();
     let exit = sandbox.delete("a", "").await.unwrap().unwrap();
     assert_eq!(exit.exit_status, 137);
-    assert_eq!(state(&sandbox, "a").await, None);
+    assert_eq!(sandbox.state("a").await, None);
     let left = std::fs::read_dir(sandbox.cgroups().join("cella")).unwrap();
     let left: Vec<_> = left
         .flatten()
@@ -217,11 +188,8 @@ async fn orphans_of_a_container_are_reaped() {
     sandbox.start_process("a", "e").await.unwrap();
     assert_eq!(events.exit().await.exit_status, 0);
     tokio::time::sleep(Duration::from_millis(600)).await;
-    let agent = sandbox.agent_pid();
-    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap();
-    for child in children.split_whitespace() {
-        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap();
-        assert!(!stat.contains(") Z "), "a zombie of the agent: {stat}");
+    for child in sandbox.children() {
+        assert!(!child.contains(") Z "), "a zombie of the agent: {child}");
     }
 }
 
@@ -248,7 +216,7 @@ async fn what_cannot_be_executed_is_told_apart() {
             let exit = sandbox.delete(id, "").await.unwrap().unwrap();
             assert_eq!(exit.exit_status, exit_status);
         }
-        assert_eq!(state(&sandbox, id).await, None);
+        assert_eq!(sandbox.state(id).await, None);
     }
     sandbox.run("a", &["sleep", "1000"]).await;
     let missing = process(&["/bin/none"]);

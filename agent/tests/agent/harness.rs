@@ -11,6 +11,7 @@ use protobuf::MessageField;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver, transport::Socket};
 use ttrpc::context::{self, Context};
 
@@ -131,6 +132,20 @@ impl Sandbox {
         children.unwrap().trim().parse().unwrap()
     }
 
+    /// What /proc says of each child of the agent.
+    pub fn children(&self) -> Vec<String> {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.agent_pid())).unwrap();
+        // A thread may end meanwhile, which hands its children on; and so may a child.
+        let children = threads.filter_map(|thread| {
+            std::fs::read_to_string(thread.unwrap().path().join("children")).ok()
+        });
+        let pids = children.collect::<String>();
+        let stats = pids
+            .split_whitespace()
+            .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok());
+        stats.collect()
+    }
+
     /// The agent's cgroup root on this machine.
     pub fn cgroups(&self) -> &Path {
         &self.guest.cgroups
@@ -180,13 +195,33 @@ impl Sandbox {
         spec: &Value,
         stdio: proto::Stdio,
     ) -> ttrpc::Result<proto::CreateContainerResponse> {
-        let request = proto::CreateContainerRequest {
-            container_id: id.to_owned(),
-            spec: serde_json::to_vec(spec).unwrap(),
-            stdio: MessageField::some(stdio),
-            ..Default::default()
-        };
+        let request = create_request(id, spec, stdio);
         self.client.create_container(soon(), &request).await
+    }
+
+    /// Begins to make a container without streams.
+    pub fn begin_create(&self, id: &str, spec: &Value) -> JoinHandle<ttrpc::Result<()>> {
+        let (client, request) = (
+            self.client.clone(),
+            create_request(id, spec, proto::Stdio::new()),
+        );
+        tokio::spawn(async move { client.create_container(soon(), &request).await.map(drop) })
+    }
+
+    /// Begins to start a container.
+    pub fn begin_start(&self, id: &str) -> JoinHandle<ttrpc::Result<()>> {
+        let (client, request) = (self.client.clone(), process_ref(id, ""));
+        tokio::spawn(async move { client.start(soon(), &request).await.map(drop) })
+    }
+
+    /// A container's state; none if there is no such container.
+    pub async fn state(&self, id: &str) -> Option<proto::State> {
+        let request = proto::Empty::new();
+        let list = self.client.list_containers(soon(), &request).await.unwrap();
+        let mut containers = list.containers.iter();
+        containers
+            .find(|container| container.container_id == id)
+            .map(|container| container.state.unwrap())
     }
 
     /// Makes a process in container `id`.
@@ -299,6 +334,26 @@ pub fn stream(number: u8) -> MessageField<proto::Stream> {
         token: vec![number; 16],
         ..Default::default()
     })
+}
+
+pub fn create_request(
+    id: &str,
+    spec: &Value,
+    stdio: proto::Stdio,
+) -> proto::CreateContainerRequest {
+    proto::CreateContainerRequest {
+        container_id: id.to_owned(),
+        spec: serde_json::to_vec(spec).unwrap(),
+        stdio: MessageField::some(stdio),
+        ..Default::default()
+    }
+}
+
+pub fn container_ref(id: &str) -> proto::ContainerRef {
+    proto::ContainerRef {
+        container_id: id.to_owned(),
+        ..Default::default()
+    }
 }
 
 pub fn process_ref(id: &str, exec_id: &str) -> proto::ProcessRef {

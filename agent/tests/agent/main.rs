@@ -6,5 +6,6 @@
 mod containers;
 mod harness;
 mod sandbox;
+mod siblings;
 mod stdio;
 mod syscalls;

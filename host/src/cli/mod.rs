@@ -6,6 +6,7 @@
 mod background;
 mod bench;
 mod check;
+mod dns;
 mod exec;
 mod lifecycle;
 mod list;

@@ -3,8 +3,9 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::path::PathBuf;
 
-use super::{Context, Error, background};
+use super::{Context, Error, background, dns};
 use crate::config::Config;
 use crate::hypervisor;
 use crate::sandbox::dir::SandboxDir;
@@ -24,6 +25,9 @@ pub struct MachineArgs {
     /// The virtual machine's CPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
+    /// The network namespace whose interfaces the sandbox gets, as CNI or `ip netns` made it [default: no network]
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
 }
 
 /// The process that owns a pod's sandbox
@@ -73,8 +77,14 @@ pub async fn boot(
         vcpus,
         memory_bytes,
         hostname: id.to_owned(),
+        sysctls: Default::default(),
         cmdline: config.kernel_params.clone(),
         console: console(context)?,
+        netns: machine.netns.clone(),
+        resolv_conf: machine
+            .netns
+            .as_deref()
+            .map_or(String::new(), dns::resolv_conf),
     };
     timeline.mark("vm-spawning");
     let dir = SandboxDir::new(&context.paths, id)?;
@@ -118,6 +128,9 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
 fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<OsString> {
     let paths = &context.paths;
     let mut arguments: Vec<OsString> = vec!["pod-owner".into()];
+    // The owner runs in another directory.
+    let netns = machine.netns.as_ref();
+    let netns = netns.map(|path| std::path::absolute(path).unwrap_or(path.clone()));
     let mut flag = |name: &str, value: Option<OsString>| {
         if let Some(value) = value {
             arguments.push(name.into());
@@ -131,6 +144,7 @@ fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<Os
     flag("--config", paths.config.clone().map(Into::into));
     flag("--hypervisor", machine.hypervisor.clone().map(Into::into));
     flag("--memory", machine.memory.clone().map(Into::into));
+    flag("--netns", netns.map(Into::into));
     flag("--cpus", machine.cpus.map(|cpus| cpus.to_string().into()));
     if context.debug {
         arguments.push("--debug".into());

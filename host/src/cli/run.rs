@@ -9,7 +9,7 @@ use oci_spec::runtime::Spec;
 use super::session::{Session, wanted};
 use super::source::Source;
 use super::streams::Output;
-use super::{Context, Error, background, pod, with_runtime};
+use super::{Context, Error, background, dns, pod, with_runtime};
 use crate::config::Config;
 use crate::container::{self, Record};
 use crate::sandbox::dir::SandboxDir;
@@ -39,9 +39,6 @@ pub struct Args {
     /// Bind a directory or file of the host
     #[arg(long, short, value_name = "SRC:DST[:ro]")]
     volume: Vec<String>,
-    /// The network namespace whose interfaces the pod gets
-    #[arg(long, value_name = "PATH")]
-    netns: Option<PathBuf>,
     /// Pass standard input on
     #[arg(short, long)]
     interactive: bool,
@@ -114,12 +111,6 @@ static SESSION: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::n
 
 async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     let timeline = Arc::new(Timeline::new());
-    if args.netns.is_some() {
-        return Err(Error::Usage {
-            kind: crate::error::ErrorKind::Unimplemented,
-            message: "--netns: pods have no network yet".into(),
-        });
-    }
     let config = Config::load(&context.paths)?;
     let volumes = args.volume.iter().map(|text| volume::parse(text));
     let volumes = volumes.collect::<Result<Vec<_>, _>>()?;
@@ -230,7 +221,10 @@ impl Container<'_> {
             ..SpecOptions::default()
         };
         let mut spec = source.spec(&options, &rootfs)?;
-        volume::share(dir, self.id, &mut spec)?;
+        volume::share(dir, self.id, &mut spec, |_| None)?;
+        if dir.read_state()?.resolv_conf {
+            dns::mount(&mut spec);
+        }
         Ok(spec)
     }
 

@@ -42,7 +42,7 @@ impl Source {
         match self {
             // Whoever removes the sandbox's directory unmounts it.
             Self::Image(image) => image.mount(target, scratch)?.keep(),
-            Self::Bundle(bundle) => volume::bind(&bundle.rootfs, target, false)?,
+            Self::Bundle(bundle) => volume::bind(&bundle.rootfs, target, volume::Bound::default())?,
         }
         Ok(())
     }

@@ -6,11 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Rng, Vsock, device};
+use cella_proto::vmm::{Configure, Device, Fs, Net, Rng, Vsock, device};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::{self, GUEST_CID, SHARE_TAG, open};
-use super::{Error, Hypervisor, Vm, VmSpec};
+use super::{Error, Hypervisor, Nic, Vm, VmSpec};
 
 /// The hypervisor of this module.
 pub struct Kvm;
@@ -24,8 +24,8 @@ impl Hypervisor for Kvm {
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
         let files = Files::open(&spec)?;
         let vm = process::spawn(&spec, &[], &[])?;
-        vm.start(configure(&spec), &files.descriptors(spec.console.as_ref()))
-            .await?;
+        let fds = files.descriptors(spec.console.as_ref(), &spec.nics);
+        vm.start(configure(&spec), &fds).await?;
         Ok(Box::new(vm))
     }
 }
@@ -57,7 +57,11 @@ impl Files {
     }
 
     /// In the order of the indexes that [`configure`] gives.
-    fn descriptors<'a>(&'a self, console: Option<&'a File>) -> Vec<BorrowedFd<'a>> {
+    fn descriptors<'a>(
+        &'a self,
+        console: Option<&'a File>,
+        nics: &'a [Nic],
+    ) -> Vec<BorrowedFd<'a>> {
         let mut fds = vec![
             self.kvm.as_fd(),
             self.memory.as_fd(),
@@ -66,6 +70,7 @@ impl Files {
             self.listener.as_fd(),
         ];
         fds.extend(console.map(AsFd::as_fd));
+        fds.extend(nics.iter().map(|nic| nic.tap.as_fd()));
         fds
     }
 }
@@ -111,6 +116,16 @@ fn configure(spec: &VmSpec) -> Configure {
         device: Some(device),
         ..Default::default()
     };
+    let console_fd = spec.console.as_ref().map(|_| 5);
+    let first_nic = 5 + u32::from(console_fd.is_some());
+    let nics = (first_nic..).zip(&spec.nics).map(|(tap_fd, nic)| {
+        device(device::Device::Net(Net {
+            tap_fd,
+            mac: nic.mac.to_vec(),
+            mtu: nic.mtu.into(),
+            ..Default::default()
+        }))
+    });
     Configure {
         kvm_fd: 0,
         memory_fd: 1,
@@ -119,7 +134,7 @@ fn configure(spec: &VmSpec) -> Configure {
         kernel_fd: 2,
         initrd_fd: Some(3),
         cmdline: spec.cmdline.clone(),
-        devices: vec![
+        devices: [
             device(device::Device::Vsock(Vsock {
                 guest_cid: GUEST_CID,
                 listener_fd: 4,
@@ -130,8 +145,11 @@ fn configure(spec: &VmSpec) -> Configure {
                 ..Default::default()
             })),
             device(device::Device::Rng(Rng::default())),
-        ],
-        console_fd: spec.console.as_ref().map(|_| 5),
+        ]
+        .into_iter()
+        .chain(nics)
+        .collect(),
+        console_fd,
         ..Default::default()
     }
 }

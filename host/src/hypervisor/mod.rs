@@ -7,6 +7,7 @@ mod process;
 pub mod qemu;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 pub use choose::{Choice, choose};
@@ -41,6 +42,20 @@ pub struct VmSpec {
     pub vsock: PathBuf,
     /// The guest's console, if it shall have one.
     pub console: Option<File>,
+    /// Its network interfaces, in the order in which the guest finds them.
+    pub nics: Vec<Nic>,
+}
+
+/// A network interface of the guest.
+#[derive(Debug)]
+pub struct Nic {
+    /// A tap made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, with a header of 12 bytes (`TUNSETVNETHDRSZ`) and
+    /// nonblocking. It is not persistent: it goes when the last descriptor of it is closed.
+    pub tap: OwnedFd,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// Bytes of the largest packet without its Ethernet header.
+    pub mtu: u16,
 }
 
 /// How a virtual machine ended.

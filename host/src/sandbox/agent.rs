@@ -25,6 +25,8 @@ struct Seen {
     ready: Option<Ready>,
     /// By container id and exec id.
     exits: HashMap<(String, String), Exit>,
+    /// Out-of-memory kills by container id.
+    ooms: HashMap<String, u64>,
     /// Set when the stream has ended: nothing more will come.
     lost: Option<String>,
 }
@@ -33,12 +35,13 @@ struct Seen {
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
-    seen: watch::Receiver<Seen>,
+    seen: Arc<watch::Sender<Seen>>,
     // Ends the reader with the last clone.
     _reader: Arc<AbortOnDrop>,
 }
 
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+/// A task that ends with its owner.
+pub(super) struct AbortOnDrop(pub(super) tokio::task::JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -53,7 +56,8 @@ impl Agent {
     /// The event stream cannot be opened.
     pub async fn new(stream: UnixStream) -> Result<Self, Error> {
         let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
-        let (sender, seen) = watch::channel(Seen::default());
+        let seen = Arc::new(watch::Sender::new(Seen::default()));
+        let sender = Arc::clone(&seen);
         let mut events = client
             .watch(Context::default(), &WatchRequest::new())
             .await
@@ -99,8 +103,35 @@ impl Agent {
             .await
     }
 
+    /// Waits until a container has had more than `known` out-of-memory kills, and returns how many.
+    ///
+    /// # Errors
+    /// `Unavailable`: the connection ended first.
+    pub async fn oom(&self, container: &str, known: u64) -> Result<u64, Error> {
+        self.until("waiting for an out-of-memory kill", |seen| {
+            seen.ooms
+                .get(container)
+                .copied()
+                .filter(|count| *count > known)
+        })
+        .await
+    }
+
+    /// Forgets the exit of a deleted process, or all of a deleted container (`exec` empty): its id may come again.
+    pub fn forget(&self, container: &str, exec: &str) {
+        self.seen.send_modify(|seen| match exec {
+            "" => {
+                seen.exits.retain(|(of, _), _| of != container);
+                seen.ooms.remove(container);
+            }
+            exec => {
+                seen.exits.remove(&(container.to_owned(), exec.to_owned()));
+            }
+        });
+    }
+
     async fn until<T>(&self, action: &str, pick: impl Fn(&Seen) -> Option<T>) -> Result<T, Error> {
-        let mut seen = self.seen.clone();
+        let mut seen = self.seen.subscribe();
         let found = seen
             .wait_for(|seen| pick(seen).is_some() || seen.lost.is_some())
             .await;
@@ -125,7 +156,11 @@ fn take(seen: &mut Seen, event: Event) {
             let key = (exit.container_id.clone(), exit.exec_id.clone());
             seen.exits.insert(key, exit);
         }
-        // Out-of-memory kills are in the exits; statistics are asked for.
+        Some(event::Event::Oom(oom)) => {
+            let count = seen.ooms.entry(oom.container_id).or_default();
+            *count = count.saturating_add(1);
+        }
+        // Statistics are asked for.
         _ => {}
     }
 }

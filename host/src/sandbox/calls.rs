@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use cella_proto::agent::{
-    ContainerRef, CreateContainerRequest, ExecRequest, Exit, InfoResponse, ProcessRef,
-    ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio,
+    ContainerRef, CreateContainerRequest, ExecRequest, Exit, InfoResponse, ProcessInfo, ProcessRef,
+    ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
 };
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::Context;
 
 use super::{Error, Owned, Sandbox, gone};
@@ -18,11 +18,26 @@ impl Sandbox {
     /// # Errors
     /// The agent's, with their kinds.
     pub async fn create(&self, id: &str, spec: &Spec, stdio: Stdio) -> Result<u32, Error> {
+        self.create_in(id, spec, stdio, false).await
+    }
+
+    /// The same; with `pod_pids`, in the pid namespace that the pod's containers share.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn create_in(
+        &self,
+        id: &str,
+        spec: &Spec,
+        stdio: Stdio,
+        pod_pids: bool,
+    ) -> Result<u32, Error> {
         let action = || format!("creating container {id}");
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec: serde_json::to_vec(spec).map_err(|e| Error::host(action(), e))?,
             stdio: Some(stdio).into(),
+            pod_pid_namespace: pod_pids,
             ..Default::default()
         };
         let created = self
@@ -123,11 +138,19 @@ impl Sandbox {
         }
     }
 
-    /// Forgets a stopped process or container.
+    /// Waits until a container has had more than `known` out-of-memory kills, and returns how many.
+    ///
+    /// # Errors
+    /// `Unavailable`: the virtual machine or the agent is gone.
+    pub async fn oom(&self, id: &str, known: u64) -> Result<u64, Error> {
+        self.agent.oom(id, known).await
+    }
+
+    /// Forgets a stopped process or container, or one that was never started. Answers its exit, if it had one.
     ///
     /// # Errors
     /// The agent's, with their kinds.
-    pub async fn delete(&self, id: &str, exec: &str) -> Result<(), Error> {
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<Option<Exit>, Error> {
         let action = || format!("deleting {}", name(id, exec));
         let request = process_ref(id, exec);
         self.guard(
@@ -135,7 +158,76 @@ impl Sandbox {
             |e| Error::agent(action(), e),
         )
         .await
+        .map(|deleted| {
+            self.agent.forget(id, exec);
+            deleted.exit.into_option()
+        })
+    }
+
+    /// Freezes every process of a container.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn pause(&self, id: &str) -> Result<(), Error> {
+        let action = || format!("pausing container {id}");
+        let request = container_ref(id);
+        self.guard(
+            self.agent.client().pause(Context::default(), &request),
+            |e| Error::agent(action(), e),
+        )
+        .await
         .map(drop)
+    }
+
+    /// Lets the processes of a paused container go on.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        let action = || format!("resuming container {id}");
+        let request = container_ref(id);
+        self.guard(
+            self.agent.client().resume(Context::default(), &request),
+            |e| Error::agent(action(), e),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+        let action = || format!("updating container {id}");
+        let request = UpdateRequest {
+            container_id: id.to_owned(),
+            resources: serde_json::to_vec(resources).map_err(|e| Error::host(action(), e))?,
+            ..Default::default()
+        };
+        self.guard(
+            self.agent.client().update(Context::default(), &request),
+            |e| Error::agent(action(), e),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// The processes of a container, with their pids in the guest.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn processes(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
+        let action = || format!("listing the processes of container {id}");
+        let request = container_ref(id);
+        self.guard(
+            self.agent
+                .client()
+                .list_processes(Context::default(), &request),
+            |e| Error::agent(action(), e),
+        )
+        .await
+        .map(|list| list.processes)
     }
 
     /// Changes a terminal's size.
@@ -166,10 +258,7 @@ impl Sandbox {
     /// # Errors
     /// The agent's, with their kinds.
     pub async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
-        let request = ContainerRef {
-            container_id: id.to_owned(),
-            ..Default::default()
-        };
+        let request = container_ref(id);
         let action = || format!("reading the statistics of container {id}");
         self.guard(
             self.agent.client().stats(Context::default(), &request),
@@ -222,6 +311,13 @@ fn process_ref(id: &str, exec: &str) -> ProcessRef {
     ProcessRef {
         container_id: id.to_owned(),
         exec_id: exec.to_owned(),
+        ..Default::default()
+    }
+}
+
+fn container_ref(id: &str) -> ContainerRef {
+    ContainerRef {
+        container_id: id.to_owned(),
         ..Default::default()
     }
 }

@@ -5,6 +5,7 @@
 //! | `lock` | locked (flock) by the owner for as long as it lives; a free lock means a dead owner |
 //! | `booting` | locked by the owner until the agent is ready: whoever wants to attach waits for it |
 //! | `sandbox.json` | [`SandboxState`] |
+//! | `network.json` | [`Joints`]: what was done to a network namespace |
 //! | `vsock` | unix socket into the guest: `CONNECT <port>` |
 //! | `sockets/<port>` | where the guest's connections to the host's port go |
 //! | `share/` | what virtiofs serves to the guest; a shared mount, so that what is mounted later reaches the VMM's jail |
@@ -21,6 +22,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use super::error::Error;
 use super::state::{self, SandboxState};
 use crate::error::ErrorKind;
+use crate::network::Joints;
 use crate::paths::{Paths, check_id, is_valid_id};
 
 /// The directory of one sandbox; see the module.
@@ -156,6 +158,14 @@ impl SandboxDir {
         state::write(&self.path.join("sandbox.json"), sandbox)
     }
 
+    /// Writes down what is about to be done to a network namespace.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_network(&self, joints: &Joints) -> Result<(), Error> {
+        state::write(&self.network_file(), joints)
+    }
+
     /// Whether a living process owns the sandbox.
     pub fn is_owned(&self) -> bool {
         let Ok(file) = File::open(self.path.join("lock")) else {
@@ -174,6 +184,8 @@ impl SandboxDir {
         }
         unmount_below(&self.path)?;
         unmount_below(&self.scratch)?;
+        // Before the file that says what is to be undone goes.
+        self.undo_network()?;
         for dir in [&self.scratch, &self.path] {
             remove_files(dir)?;
         }
@@ -190,6 +202,26 @@ impl SandboxDir {
             remove_files(&dir)?;
         }
         Ok(())
+    }
+
+    /// Takes a network namespace back to what it was.
+    fn undo_network(&self) -> Result<(), Error> {
+        let file = self.network_file();
+        if !file.exists() {
+            return Ok(());
+        }
+        match state::read::<Joints>(&file) {
+            Ok(joints) => Ok(joints.undo()?),
+            // Written only in part: nothing was done yet.
+            Err(error) => {
+                tracing::debug!("{error}");
+                Ok(())
+            }
+        }
+    }
+
+    fn network_file(&self) -> PathBuf {
+        self.path.join("network.json")
     }
 
     fn lock(&self, name: &str) -> Result<File, Error> {

@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::error::ErrorKind;
-use crate::{hypervisor, image};
+use crate::{hypervisor, image, network};
 
 /// A failure of a sandbox or of something in it.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,9 @@ pub enum Error {
     /// The hypervisor failed.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
+    /// The network namespace is not usable.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// The image or bundle is not usable.
     #[error(transparent)]
     Image(#[from] image::Error),
@@ -72,6 +75,7 @@ impl Error {
             } => ErrorKind::NotFound,
             Self::Start { .. } => ErrorKind::FailedPrecondition,
             Self::Hypervisor(error) => error.kind(),
+            Self::Network(error) => error.kind(),
             Self::Image(error) => error.kind(),
         }
     }

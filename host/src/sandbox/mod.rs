@@ -6,6 +6,7 @@
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
 //! | `calls` | what it asks of its agent |
+//! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`] | what containers see of the host |
 //! | [`gc`] | what dead processes left |
@@ -14,12 +15,15 @@ pub mod agent;
 mod calls;
 pub mod dir;
 mod error;
+mod forward;
 pub mod gc;
 pub mod state;
 pub mod stdio;
 pub mod volume;
 
+use std::collections::HashMap;
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cella_proto::agent::{Mount, Ready, SetUpSandboxRequest};
@@ -32,7 +36,8 @@ use self::dir::{BootLock, OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
 use self::state::{ProcessId, SandboxState};
 use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor, Vm, VmSpec};
+use crate::hypervisor::{self, Hypervisor, Nic, Vm, VmSpec};
+use crate::network::{Entrance, Network};
 use crate::paths::Paths;
 use crate::timeline::Timeline;
 
@@ -55,10 +60,16 @@ pub struct SandboxSpec {
     pub memory_bytes: u64,
     /// The pod's host name.
     pub hostname: String,
+    /// The pod's sysctls.
+    pub sysctls: HashMap<String, String>,
     /// Words for the guest kernel's command line.
     pub cmdline: String,
     /// The guest's console goes there.
     pub console: Option<File>,
+    /// The network namespace whose interfaces the pod gets; without one it has a loopback device only.
+    pub netns: Option<PathBuf>,
+    /// The text of the containers' /etc/resolv.conf; empty: they keep their image's.
+    pub resolv_conf: String,
 }
 
 /// A living sandbox: owned, if this process booted it, or attached.
@@ -69,6 +80,7 @@ pub struct Sandbox {
 }
 
 struct Owned {
+    _forward: Option<forward::Forward>,
     vm: Box<dyn Vm>,
     _lock: OwnerLock,
 }
@@ -121,7 +133,11 @@ impl Sandbox {
         let listener = UnixListener::bind(&dialled)
             .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
         dir::open_to_vmm(&dialled)?;
-        let request = set_up_request(&spec)?;
+        let mut request = set_up_request(&spec)?;
+        let (nics, entrance) = match &spec.netns {
+            Some(netns) => connect(dir, netns, &mut request).await?,
+            None => (Vec::new(), None),
+        };
         let mut state = SandboxState {
             id: dir.id().to_owned(),
             pod: spec.pod,
@@ -130,9 +146,10 @@ impl Sandbox {
             vmm: ProcessId::own(),
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
+            resolv_conf: !spec.resolv_conf.is_empty(),
             created: state::now(),
         };
-        let vm = hypervisor.boot(vm_spec(paths, dir, spec)).await?;
+        let vm = hypervisor.boot(vm_spec(paths, dir, spec, nics)).await?;
         timeline.mark("vm-started");
         state.vmm = ProcessId::of(vm.pid()).unwrap_or(state.vmm);
         dir.write_state(&state)?;
@@ -147,10 +164,15 @@ impl Sandbox {
             .await
             .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
         timeline.mark("sandbox-set-up");
+        let forward = entrance.map(|entrance| forward::Forward::start(entrance, &dir.vsock()));
         Ok(Self {
             dir: dir.clone(),
             agent,
-            owned: Some(Owned { vm, _lock: lock }),
+            owned: Some(Owned {
+                _forward: forward.transpose()?,
+                vm,
+                _lock: lock,
+            }),
         })
     }
 
@@ -208,6 +230,24 @@ impl Sandbox {
             Some(owned) => owned.vm.wait().await,
             None => std::future::pending().await,
         }
+    }
+
+    /// The process id of the owned virtual machine's VMM; 0 for an attached sandbox.
+    pub fn vmm_pid(&self) -> u32 {
+        self.owned.as_ref().map_or(0, |owned| owned.vm.pid())
+    }
+
+    /// Ends an owned sandbox as it is, for an owner that shares it with tasks of its own. What asks it for something
+    /// afterwards is told that it is gone; dropping it then removes nothing any more.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub async fn end(&self) -> Result<(), Error> {
+        if let Some(owned) = &self.owned {
+            owned.vm.stop().await?;
+            self.dir.remove()?;
+        }
+        Ok(())
     }
 
     /// Ends an owned sandbox with everything in it and removes it from the host. An attached one is only left.
@@ -291,7 +331,25 @@ fn gone(dir: &SandboxDir, ended: &hypervisor::Ended) -> hypervisor::Error {
     }
 }
 
-fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec) -> VmSpec {
+/// Takes the interfaces of a network namespace for the guest: their descriptors, and what the agent is told of them.
+async fn connect(
+    dir: &SandboxDir,
+    netns: &Path,
+    request: &mut SetUpSandboxRequest,
+) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
+    // The path must mean the same to whoever cleans up.
+    let netns = std::path::absolute(netns)
+        .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
+    let network = Network::open(&netns).await?;
+    dir.write_network(&network.joints)?;
+    let entrance = network.join().await?;
+    request.interfaces = network.interfaces;
+    request.routes = network.routes;
+    request.neighbors = network.neighbors;
+    Ok((network.nics, entrance))
+}
+
+fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
     VmSpec {
         id: dir.id().to_owned(),
         vcpus: spec.vcpus,
@@ -304,6 +362,7 @@ fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec) -> VmSpec {
         sockets: dir.sockets(),
         vsock: dir.vsock(),
         console: spec.console,
+        nics,
     }
 }
 
@@ -314,6 +373,7 @@ fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Ok(SetUpSandboxRequest {
         hostname: spec.hostname.clone(),
+        sysctls: spec.sysctls.clone(),
         mounts: vec![Mount {
             source: "share".into(),
             destination: GUEST_SHARE.into(),
@@ -322,6 +382,7 @@ fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
         }],
         clock_ns: clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0)),
         entropy,
+        resolv_conf: spec.resolv_conf.clone(),
         ..Default::default()
     })
 }

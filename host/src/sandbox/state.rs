@@ -87,6 +87,9 @@ pub struct SandboxState {
     pub vcpus: u32,
     /// Guest RAM.
     pub memory_bytes: u64,
+    /// The agent keeps a resolv.conf for its containers.
+    #[serde(default)]
+    pub resolv_conf: bool,
     /// Seconds since the epoch.
     pub created: u64,
 }

@@ -19,10 +19,16 @@ const MAX_VOLUMES: usize = 1024;
 
 /// Makes a container's spec the guest's: binds every host path that it names under the container's shared directory,
 /// and puts the guest's path in its place. The root file system is at `rootfs` there already, or is to be mounted.
+/// What the guest has itself, `in_guest` says: that path is bound instead.
 ///
 /// # Errors
 /// `InvalidArgument`: a source does not exist, or there are too many.
-pub fn share(dir: &SandboxDir, id: &str, spec: &mut Spec) -> Result<(), Error> {
+pub fn share(
+    dir: &SandboxDir,
+    id: &str,
+    spec: &mut Spec,
+    guests_own: impl Fn(&Mount) -> Option<PathBuf>,
+) -> Result<(), Error> {
     let on_host = dir.container_share(id);
     let in_guest = Path::new(GUEST_SHARE).join(id);
     if let Some(root) = spec.root_mut() {
@@ -40,12 +46,21 @@ pub fn share(dir: &SandboxDir, id: &str, spec: &mut Spec) -> Result<(), Error> {
                 format!("container {id} has more than {MAX_VOLUMES} volumes"),
             ));
         }
-        let place = Path::new("volumes").join(index.to_string());
-        let source = mount.source().clone().unwrap_or_default();
-        bind(&source, &on_host.join(&place), has_option(mount, "ro"))?;
-        mount.set_source(Some(in_guest.join(&place)));
         // virtiofs has files and directories; the guest's kernel needs the flag, not the type.
         mount.set_typ(Some("bind".into()));
+        if let Some(own) = guests_own(mount) {
+            mount.set_source(Some(own));
+            continue;
+        }
+        let place = Path::new("volumes").join(index.to_string());
+        let source = mount.source().clone().unwrap_or_default();
+        let bound = Bound {
+            read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+            recursive: has_option(mount, "rro"),
+            follow: has_option(mount, "rslave") || has_option(mount, "slave"),
+        };
+        bind(&source, &on_host.join(&place), bound)?;
+        mount.set_source(Some(in_guest.join(&place)));
     }
     Ok(())
 }
@@ -67,7 +82,7 @@ pub fn parse(volume: &str) -> Result<Mount, Error> {
     };
     let mode = match (parts.next(), parts.next()) {
         (None | Some("rw"), None) => "rw",
-        (Some("ro"), None) => "ro",
+        (Some("ro"), None) => "rro",
         _ => return Err(wrong("its mode is neither ro nor rw")),
     };
     let source = fs::canonicalize(source).map_err(|e| wrong(&format!("source {source}: {e}")))?;
@@ -88,9 +103,21 @@ fn is_bind(mount: &Mount) -> bool {
         || has_option(mount, "rbind")
 }
 
-fn has_option(mount: &Mount, option: &str) -> bool {
+/// Whether a mount has an option.
+pub(crate) fn has_option(mount: &Mount, option: &str) -> bool {
     let options = mount.options().as_deref().unwrap_or_default();
     options.iter().any(|o| o == option)
+}
+
+/// How a host path is bound.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bound {
+    /// Nothing can be written to it.
+    pub read_only: bool,
+    /// ... nor to what is mounted below it.
+    pub recursive: bool,
+    /// What the host mounts below it later is seen too.
+    pub follow: bool,
 }
 
 /// Binds `source`, a directory or a file, at `target`, which is made. Read-only is enforced here too: the guest is
@@ -98,7 +125,7 @@ fn has_option(mount: &Mount, option: &str) -> bool {
 ///
 /// # Errors
 /// `InvalidArgument`: the source does not exist.
-pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> {
+pub fn bind(source: &Path, target: &Path, how: Bound) -> Result<(), Error> {
     let action = || format!("sharing {} with the guest", source.display());
     let host = |e: std::io::Error| Error::host(action(), e);
     let meta = fs::metadata(source)
@@ -116,21 +143,35 @@ pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), Error> 
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, source, flags).map_err(|e| host(e.into()))?;
+    let propagation = if how.follow {
+        libc::MS_SLAVE
+    } else {
+        libc::MS_PRIVATE
+    };
     let mut attributes = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if read_only {
+    if how.read_only && how.recursive {
         attributes |= libc::MOUNT_ATTR_RDONLY;
     }
-    set_attributes(&tree, attributes).map_err(host)?;
+    set_attributes(&tree, attributes, propagation, libc::AT_RECURSIVE).map_err(host)?;
+    if how.read_only && !how.recursive {
+        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, 0).map_err(host)?;
+    }
     let from_tree = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(&tree, c"", CWD, target, from_tree).map_err(|e| host(e.into()))
 }
 
-/// Sets attributes on every mount of a detached tree and makes each private. See mount_setattr(2).
-fn set_attributes(tree: &OwnedFd, attributes: u64) -> io::Result<()> {
+/// Sets attributes and, unless 0, the propagation of a detached tree's mounts: of the top one or, with `AT_RECURSIVE`,
+/// of each. See mount_setattr(2).
+fn set_attributes(
+    tree: &OwnedFd,
+    attributes: u64,
+    propagation: u64,
+    recursive: i32,
+) -> io::Result<()> {
     let setting = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,
-        propagation: libc::MS_PRIVATE,
+        propagation,
         userns_fd: 0,
     };
     // SAFETY: the path is a C string, and `setting` is the structure whose size is given; both outlive the call.
@@ -139,7 +180,7 @@ fn set_attributes(tree: &OwnedFd, attributes: u64) -> io::Result<()> {
             libc::SYS_mount_setattr,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | recursive,
             &raw const setting,
             size_of_val(&setting),
         )
@@ -159,7 +200,7 @@ mod tests {
     fn volumes_are_parsed_and_nonsense_is_told() {
         let mount = parse("/tmp:/data:ro").unwrap();
         assert_eq!(mount.destination(), Path::new("/data"));
-        assert!(has_option(&mount, "ro"));
+        assert!(has_option(&mount, "rro"));
         assert!(has_option(&parse("/tmp:/data").unwrap(), "rw"));
         for wrong in [
             "/tmp",

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use cella_proto::vmm::{Configure, Device, ErrorKind, device};
+use cella_proto::vmm::{Configure, Device, ErrorKind, Net, Restore, device};
 
 use super::packet::Fds;
 use super::refusal::Refusal;
-use crate::machine::MachineConfig;
 use crate::machine::devices::DeviceSpec;
+use crate::machine::{MachineConfig, RestoreConfig};
+use crate::snapshot;
 
 /// Most bytes of a virtiofs tag (virtio 1.2, section 5.11.4).
 const MAX_TAG: usize = 36;
@@ -17,20 +18,64 @@ const MAX_TAG: usize = 36;
 /// Most bytes of a disk's serial number (virtio 1.2, section 5.2.6).
 const MAX_SERIAL: usize = 20;
 
+/// The smallest MTU of IPv4 (RFC 791), and of a network device (virtio 1.2, section 5.1.4.1).
+const MIN_MTU: u16 = 68;
+
 /// CIDs below this and the highest are not a guest's (virtio 1.2, section 5.10.4).
 const FIRST_GUEST_CID: u64 = 3;
+
+/// What a machine begins with.
+pub enum Beginning {
+    /// A kernel.
+    Boot(MachineConfig),
+    /// A snapshot.
+    Restore(RestoreConfig),
+}
 
 /// Takes a `Configure` and its file descriptors apart.
 ///
 /// # Errors
-/// A file descriptor that is missing or named twice, or a value out of its range; kernel, memory and CPUs are the
-/// machine's to judge.
+/// A file descriptor that is missing or named twice, a value out of its range, or a state file that is none; kernel,
+/// memory and CPUs are the machine's to judge.
 pub fn parse(
     configure: &Configure,
     fds: &mut Fds,
-) -> Result<(MachineConfig, Vec<DeviceSpec>), Refusal> {
+) -> Result<(Beginning, Vec<DeviceSpec>), Refusal> {
+    let beginning = match configure.restore.as_ref() {
+        Some(restore) => Beginning::Restore(saved(configure, restore, fds)?),
+        None => Beginning::Boot(booted(configure, fds)?),
+    };
+    let specs = configure
+        .devices
+        .iter()
+        .map(|device| device_spec(device, fds))
+        .collect::<Result<_, _>>()?;
+    Ok((beginning, specs))
+}
+
+fn saved(
+    configure: &Configure,
+    restore: &Restore,
+    fds: &mut Fds,
+) -> Result<RestoreConfig, Refusal> {
+    if configure.console_fd.is_some() {
+        return Err(invalid("a restored machine has no console".to_owned()));
+    }
     let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
-    let config = MachineConfig {
+    let state = file(restore.state_fd, "restore.state_fd")?;
+    Ok(RestoreConfig {
+        kvm: file(configure.kvm_fd, "kvm_fd")?,
+        memory: file(configure.memory_fd, "memory_fd")?,
+        memory_bytes: configure.memory_bytes,
+        vcpus: configure.vcpus,
+        state: snapshot::file::read(&state)
+            .map_err(Refusal::snapshot("configuring the machine: the snapshot"))?,
+    })
+}
+
+fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal> {
+    let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
+    Ok(MachineConfig {
         kvm: file(configure.kvm_fd, "kvm_fd")?,
         memory: file(configure.memory_fd, "memory_fd")?,
         memory_bytes: configure.memory_bytes,
@@ -45,13 +90,7 @@ pub fn parse(
             .console_fd
             .map(|index| file(index, "console_fd"))
             .transpose()?,
-    };
-    let specs = configure
-        .devices
-        .iter()
-        .map(|device| device_spec(device, fds))
-        .collect::<Result<_, _>>()?;
-    Ok((config, specs))
+    })
 }
 
 /// Takes a `Configure` for a VMM with a companion apart: its devices, and the socket of each.
@@ -102,11 +141,30 @@ fn device_spec(device: &Device, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
             serial: bounded(&block.serial, MAX_SERIAL, "block.serial")?,
         }),
         Some(device::Device::Rng(_)) => Ok(DeviceSpec::Rng),
+        Some(device::Device::Net(net)) => net_spec(net, fds),
         _ => Err(invalid("a device is of no kind that is known".to_owned())),
     }
 }
 
-fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {
+fn net_spec(net: &Net, fds: &mut Fds) -> Result<DeviceSpec, Refusal> {
+    // The lowest bit of the first byte is that of addresses of groups (IEEE 802).
+    let mac = <[u8; 6]>::try_from(net.mac.as_slice())
+        .ok()
+        .filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
+        .ok_or_else(|| invalid(format!("net.mac: {:x?} is no card's address", net.mac)))?;
+    let mtu = u16::try_from(net.mtu)
+        .ok()
+        .filter(|mtu| *mtu >= MIN_MTU)
+        .ok_or_else(|| invalid(format!("net.mtu: {} is not 68 to 65535", net.mtu)))?;
+    Ok(DeviceSpec::Net {
+        tap: take(fds, net.tap_fd, "net.tap_fd")?.into(),
+        mac,
+        mtu,
+    })
+}
+
+/// The file descriptor of `index`, which the request calls `what`.
+pub fn take(fds: &mut Fds, index: u32, what: &str) -> Result<OwnedFd, Refusal> {
     fds.take(index).ok_or_else(|| {
         invalid(format!(
             "{what}: no file descriptor {index} came with the request, or it is named twice"

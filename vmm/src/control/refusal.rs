@@ -10,6 +10,7 @@ use crate::device::fs::FsError;
 use crate::machine::MachineError;
 use crate::machine::devices::DevicesError;
 use crate::machine::memory::MemoryError;
+use crate::snapshot::SnapshotError;
 use crate::vcpu::VcpuError;
 
 const INTERNAL: ErrorKind = ErrorKind::ERROR_KIND_INTERNAL;
@@ -41,6 +42,11 @@ impl Refusal {
         move |error| Self::new(of_devices(&error), action, &error)
     }
 
+    /// `action` failed of a snapshot.
+    pub(super) fn snapshot(action: &str) -> impl FnOnce(SnapshotError) -> Self {
+        move |error| Self::new(of_snapshot(&error), action, &error)
+    }
+
     /// `action` failed of a system call.
     pub(super) fn io(action: &str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::new(of_errno(error.raw_os_error()), action, &error)
@@ -59,7 +65,29 @@ fn of_machine(error: &MachineError) -> ErrorKind {
         MachineError::Host { source, .. } => of_errno(source.raw_os_error()),
         MachineError::Vcpu(VcpuError::Kvm { source, .. }) => of_errno(Some(source.errno())),
         MachineError::Vcpu(VcpuError::Thread { source, .. }) => of_errno(source.raw_os_error()),
+        MachineError::Snapshot(error)
+        | MachineError::Vcpu(VcpuError::Snapshot { source: error, .. }) => of_snapshot(error),
         MachineError::Vcpu(_) | MachineError::Bus(_) => INTERNAL,
+    }
+}
+
+fn of_snapshot(error: &SnapshotError) -> ErrorKind {
+    match error {
+        SnapshotError::Io { source, .. } => of_errno(source.raw_os_error()),
+        // The files are the caller's.
+        SnapshotError::Magic
+        | SnapshotError::Format { .. }
+        | SnapshotError::Length { .. }
+        | SnapshotError::Digest
+        | SnapshotError::Content(_)
+        | SnapshotError::Memory { .. }
+        | SnapshotError::MemoryLength { .. }
+        | SnapshotError::Part { .. }
+        | SnapshotError::Shape { .. } => INVALID,
+        SnapshotError::Version { .. }
+        | SnapshotError::Processor { .. }
+        | SnapshotError::Unsavable(_)
+        | SnapshotError::Device { .. } => ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
     }
 }
 

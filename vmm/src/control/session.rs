@@ -6,18 +6,21 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{
-    Configure, Done, ErrorKind, Reply, Request, Started, Stats, reply, request,
+    Configure, Done, ErrorKind, Reply, Request, Snapshot, Started, Stats, reply, request,
 };
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 
+use super::configure::{self, Beginning};
 use super::packet::{self, Fds};
 use super::refusal::Refusal;
-use super::{COMPANION_OUTPUT, Context, MACHINE_STOPPED, configure, memory};
+use super::{COMPANION_OUTPUT, Context, MACHINE_STOPPED, memory};
 use crate::jail::{Companion, ThreadKind};
 use crate::machine::companion::CompanionMachine;
 use crate::machine::devices::Devices;
 use crate::machine::worker::Worker;
 use crate::machine::{Confine, Machine, MachineError, StopReason};
+use crate::snapshot::{file, pages};
+use crate::transport::mmio::Frozen;
 
 const CONFIGURING: &str = "configuring the machine";
 
@@ -82,6 +85,7 @@ impl Session {
                 Machine::resume,
                 CompanionMachine::resume,
             )?,
+            Some(Call::Snapshot(snapshot)) => self.snapshot(&snapshot, fds)?,
             Some(Call::Stop(_)) => self.stopping = true,
             Some(Call::GetStats(_)) => return self.get_stats().map(reply::Body::Stats),
             _ => {
@@ -111,15 +115,27 @@ impl Session {
 
     /// Makes the machine that is asked for, on KVM.
     fn build(&mut self, configure: &Configure, mut fds: Fds) -> Result<Built, Refusal> {
-        let (config, specs) = configure::parse(configure, &mut fds)?;
+        let (beginning, specs) = configure::parse(configure, &mut fds)?;
         // What nobody asked for shall not stay open.
         drop(fds);
-        let mut machine = Machine::new(config).map_err(Refusal::machine(CONFIGURING))?;
+        let (made, saved) = match beginning {
+            Beginning::Boot(config) => (Machine::new(config), None),
+            Beginning::Restore(mut config) => {
+                let devices = std::mem::take(&mut config.state.devices);
+                (Machine::restore(config), Some(devices))
+            }
+        };
+        let mut machine = made.map_err(Refusal::machine(CONFIGURING))?;
         let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
             .map_err(Refusal::devices(CONFIGURING))?;
         machine
             .spawn(self.confine.clone())
             .map_err(Refusal::machine(CONFIGURING))?;
+        if let Some(saved) = saved {
+            devices
+                .restore(&saved)
+                .map_err(Refusal::snapshot(CONFIGURING))?;
+        }
         self.worker
             .watch(machine.stopped_event().as_raw_fd(), MACHINE_STOPPED)
             .and_then(|()| (self.confine)(ThreadKind::Main))
@@ -190,16 +206,40 @@ impl Session {
             .map(drop)
     }
 
+    /// Writes what the paused machine is to the files that came along.
+    fn snapshot(&mut self, snapshot: &Snapshot, mut fds: Fds) -> Result<(), Refusal> {
+        let action = "saving the machine";
+        let built = self.built.as_ref().ok_or_else(|| not_configured(action))?;
+        let AnyMachine::Own(machine) = &built.machine else {
+            return Err(Refusal {
+                kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+                message: format!("{action}: the companion's cannot be"),
+            });
+        };
+        let state_file = configure::take(&mut fds, snapshot.state_fd, "state_fd")?;
+        let memory_file = configure::take(&mut fds, snapshot.memory_fd, "memory_fd")?;
+        let mut state = machine.save().map_err(Refusal::machine(action))?;
+        // Until memory is written: what devices do changes it.
+        let mut frozen = built.devices.freeze();
+        state.devices = frozen
+            .iter_mut()
+            .map(Frozen::save)
+            .collect::<Result<_, _>>()
+            .map_err(Refusal::snapshot(action))?;
+        let memory = machine.memory();
+        state.samples = pages::write(&memory.memory(), &memory_file.into())
+            .map_err(Refusal::snapshot(action))?;
+        drop(frozen);
+        file::write(&state_file.into(), &state).map_err(Refusal::snapshot(action))
+    }
+
     fn change(
         &mut self,
         action: &str,
         own: fn(&mut Machine) -> Result<(), MachineError>,
         companion: fn(&mut CompanionMachine) -> Result<(), MachineError>,
     ) -> Result<(), Refusal> {
-        let built = self.built.as_mut().ok_or_else(|| Refusal {
-            kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
-            message: format!("{action}: it is not configured"),
-        })?;
+        let built = self.built.as_mut().ok_or_else(|| not_configured(action))?;
         match &mut built.machine {
             AnyMachine::Own(machine) => own(machine),
             AnyMachine::Companion(machine) => companion(machine),
@@ -255,6 +295,13 @@ impl Session {
         };
         devices.shut_down();
         reason.unwrap_or(StopReason::Requested)
+    }
+}
+
+fn not_configured(action: &str) -> Refusal {
+    Refusal {
+        kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+        message: format!("{action}: it is not configured"),
     }
 }
 

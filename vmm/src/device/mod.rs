@@ -8,6 +8,7 @@
 pub mod block;
 pub mod fs;
 mod lent;
+pub mod net;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -122,7 +123,19 @@ pub trait Watcher {
     fn unwatch(&self, fd: RawFd) -> std::io::Result<()>;
 }
 
+/// What a device is asked for when the machine that it belongs to is saved, or goes on from a snapshot.
+#[derive(Debug)]
+pub enum SnapshotStep<'a> {
+    /// No vCPU runs: append what it keeps outside of guest memory. The device stays in use.
+    Save(&'a mut Vec<u8>),
+    /// It has just been activated in place of a device that saved this.
+    Restore(&'a [u8]),
+}
+
 /// A virtio device without its transport.
+///
+/// Between calls a device holds no descriptor chain: what it took off a queue is used, or back in its place. So the
+/// positions of its queues can be read from guest memory when the machine is saved.
 ///
 /// Every method is called from one thread at a time (the transport holds the device's lock). Guest input
 /// is hostile: a method never panics and never touches memory outside of the guest, whatever the queues hold.
@@ -161,6 +174,15 @@ pub trait Device: Send {
     /// See [`DeviceError`].
     fn event(&mut self, token: u64, readiness: Readiness) -> Result<(), DeviceError> {
         let _ = (token, readiness);
+        Ok(())
+    }
+
+    /// Takes part in a snapshot. Devices that keep nothing between calls have nothing to do.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`]: what the guest has of it cannot be saved.
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        let _ = step;
         Ok(())
     }
 

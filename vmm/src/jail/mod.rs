@@ -44,6 +44,8 @@ pub enum ThreadKind {
     Vcpu,
     /// One for each block device: reads, writes and flushes of its file.
     Block,
+    /// One for each network device: frames between guest memory and its tap.
+    Net,
     /// The file server: acts as the guest's users inside the shared directory.
     Fs,
     /// As `Main`, where a companion runs the machine: it serves vsock to it, pauses it and hears of its end.
@@ -114,7 +116,7 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
     })
 }
 
-/// Closes the jail around the calling thread, for good. Each thread of kind `Vcpu`, `Block` and `Fs` calls it before
+/// Closes the jail around the calling thread, for good. Each thread of kind `Vcpu`, `Block`, `Net` and `Fs` calls it before
 /// anything else; `main` calls it when every other thread has been created, before the first `KVM_RUN`.
 ///
 /// # Errors
@@ -122,7 +124,11 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
 pub fn confine(kind: ThreadKind) -> Result<(), JailError> {
     match kind {
         ThreadKind::Fs | ThreadKind::VhostUserFs => identity::become_file_server()?,
-        ThreadKind::Main | ThreadKind::VhostUserMain | ThreadKind::Vcpu | ThreadKind::Block => {
+        ThreadKind::Main
+        | ThreadKind::VhostUserMain
+        | ThreadKind::Vcpu
+        | ThreadKind::Block
+        | ThreadKind::Net => {
             identity::drop_capabilities()?;
             landlock::restrict_thread(kind)?;
         }

@@ -7,16 +7,20 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
+use cella_proto::snapshot::DeviceState;
+
 use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
+use crate::device::net::Net;
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
 use crate::jail::{self, ThreadKind};
+use crate::snapshot::SnapshotError;
 use crate::transport::Transport;
-use crate::transport::mmio::MmioTransport;
+use crate::transport::mmio::{Frozen, MmioTransport};
 use crate::transport::vhost_user::{OnEnd, VhostUserTransport};
 
 /// A device as it was asked for, its files open.
@@ -45,6 +49,15 @@ pub enum DeviceSpec {
     },
     /// virtio-rng.
     Rng,
+    /// virtio-net.
+    Net {
+        /// The tap, opened as `vmm.proto` says.
+        tap: File,
+        /// The guest's hardware address.
+        mac: [u8; 6],
+        /// At least 68.
+        mtu: u16,
+    },
 }
 
 /// Why a device could not be made or connected.
@@ -85,6 +98,8 @@ pub struct Devices {
     /// Those that run on the main thread.
     of_main: Vec<Arc<dyn Transport>>,
     threads: Vec<WorkerThread>,
+    /// Those behind registers, in the order in which they were asked for.
+    mmio: Vec<Arc<MmioTransport>>,
     /// Those that a hypervisor elsewhere uses.
     vhost_user: Vec<Arc<VhostUserTransport>>,
 }
@@ -104,6 +119,15 @@ struct Threads {
     vhost_user: ThreadKind,
 }
 
+impl Threads {
+    fn both(kind: ThreadKind) -> Self {
+        Self {
+            mmio: kind,
+            vhost_user: kind,
+        }
+    }
+}
+
 impl Devices {
     /// Makes and connects the devices of `specs` in their order. vsock and rng run in `main`, each of the others on a
     /// confined thread of its own.
@@ -121,9 +145,13 @@ impl Devices {
             let made = make(spec)?;
             let name = made.name;
             let thread = made.thread.as_ref().map(|threads| threads.mmio);
+            let mut plugged = Vec::new();
             devices.run(name, thread, main, confine, |worker| {
-                plug(machine, name, made.device, worker)
+                let transport = plug(machine, name, made.device, worker)?;
+                plugged.push(transport.clone());
+                Ok(transport)
             })?;
+            devices.mmio.append(&mut plugged);
         }
         Ok(devices)
     }
@@ -205,6 +233,30 @@ impl Devices {
             transport.shut_down();
         }
     }
+
+    /// Holds every device still.
+    pub fn freeze(&self) -> Vec<Frozen<'_>> {
+        self.mmio.iter().map(|device| device.freeze()).collect()
+    }
+
+    /// Makes the devices, none of which was used yet, those that were saved. After the machine has its state
+    /// ([`Machine::spawn`]), before it runs.
+    ///
+    /// # Errors
+    /// They are not the same devices in the same order.
+    pub fn restore(&self, saved: &[DeviceState]) -> Result<(), SnapshotError> {
+        if saved.len() != self.mmio.len() {
+            return Err(SnapshotError::Shape {
+                what: "a number of devices of",
+                saved: saved.len().to_string(),
+                wanted: self.mmio.len().to_string(),
+            });
+        }
+        for (transport, saved) in self.mmio.iter().zip(saved) {
+            transport.restore(saved)?;
+        }
+        Ok(())
+    }
 }
 
 /// Puts `device` behind registers of `machine`, to run in `worker`.
@@ -234,10 +286,7 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             name: "block",
             device: Box::new(Block::new(file, read_only, &serial).map_err(DevicesError::Block)?),
             // A hypervisor elsewhere has disks of its own.
-            thread: Some(Threads {
-                mmio: ThreadKind::Block,
-                vhost_user: ThreadKind::Block,
-            }),
+            thread: Some(Threads::both(ThreadKind::Block)),
             handed: 1,
         },
         DeviceSpec::Rng => Made {
@@ -245,6 +294,15 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             device: Box::new(Rng::new()),
             thread: None,
             handed: 1,
+        },
+        // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
+        // that reads what strangers send has the smallest filter.
+        DeviceSpec::Net { tap, mac, mtu } => Made {
+            name: "net",
+            device: Box::new(Net::new(tap, mac, mtu)),
+            // As with disks.
+            thread: Some(Threads::both(ThreadKind::Net)),
+            handed: 2,
         },
         DeviceSpec::Vsock {
             guest_cid,

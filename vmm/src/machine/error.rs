@@ -4,6 +4,7 @@ use super::State;
 use super::bus::BusError;
 use super::memory::MemoryError;
 use crate::boot::BootError;
+use crate::snapshot::SnapshotError;
 use crate::vcpu::VcpuError;
 
 /// Why the machine could not do what was asked.
@@ -42,6 +43,9 @@ pub enum MachineError {
     /// A device's place is taken.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// The machine cannot be saved, or not go on from what was saved.
+    #[error("snapshot: {0}")]
+    Snapshot(#[from] SnapshotError),
     /// Every slot has its device.
     #[error("a machine has at most {0} devices")]
     Slots(u32),

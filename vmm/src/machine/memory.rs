@@ -1,4 +1,5 @@
-//! The guest's RAM: a memfd of the caller's, mapped shared, so that it can be given to others and saved.
+//! The guest's RAM: a memfd of the caller's, mapped shared, so that it can be given to others and saved; or a snapshot's
+//! memory file, mapped privately: what the guest writes is its own, everything else is shared with its siblings.
 
 use std::fs::File;
 use std::io;
@@ -66,6 +67,19 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
+    map_as(file, bytes, libc::MAP_SHARED)
+}
+
+/// Maps `bytes` of guest memory from `file`, which must have exactly that size and is never written: a page that the guest
+/// writes becomes this process's own.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn map_private(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
+    map_as(file, bytes, libc::MAP_PRIVATE)
+}
+
+fn map_as(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, MemoryError> {
     if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(PAGE_BYTES)
     {
         return Err(MemoryError::Size { bytes });
@@ -78,7 +92,7 @@ pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::new();
     let mut offset = 0;
     for (address, len) in layout::ram_ranges(bytes) {
-        regions.push(map_range(&file, offset, address, len)?);
+        regions.push(map_range(&file, offset, address, len, sharing)?);
         offset += len;
     }
     Ok(GuestMemoryAtomic::new(GuestMemoryMmap::from_regions(
@@ -91,12 +105,13 @@ pub(crate) fn map_range(
     offset: u64,
     address: u64,
     bytes: u64,
+    sharing: libc::c_int,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let size = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;
     let mapping = MmapRegionBuilder::new(size)
         .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_mmap_flags(sharing | libc::MAP_NORESERVE)
         .build()
         .map_err(|source| MemoryError::Map {
             address,

@@ -9,7 +9,8 @@
 //!
 //! In `Configured`, devices are connected ([`Machine::allocate_slot`], [`Machine::connect`]), then
 //! [`Machine::spawn`] loads the kernel and makes the vCPU threads, each confined before it waits for the
-//! first command. [`Machine::start`] lets them run.
+//! first command. [`Machine::start`] lets them run. [`Machine::restore`] makes a machine that goes on where
+//! another was [saved](Machine::save); `spawn` then gives it that one's state instead of a kernel.
 
 pub mod bus;
 pub mod companion;
@@ -19,6 +20,7 @@ pub mod worker;
 
 mod console;
 mod error;
+mod saved;
 mod slots;
 mod vm;
 
@@ -26,7 +28,8 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_ioctls::{IoEventAddress, VmFd};
+use cella_proto::snapshot::MachineState;
+use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -43,6 +46,7 @@ use console::Console;
 use slots::Slots;
 
 pub use error::MachineError;
+pub use saved::RestoreConfig;
 pub use slots::MmioSlot;
 
 /// What a machine is made from. Every file is open already: nothing is opened by name.
@@ -105,12 +109,20 @@ pub struct Machine {
     slots: Slots,
     facts: cmdline::Facts,
     count: u32,
-    image: Option<Image>,
+    origin: Option<Origin>,
+    // Of KVM's floating point state on this host; asked for while the process may.
+    xsave_bytes: usize,
     state: State,
     end: Arc<Ending>,
 }
 
-/// What the guest boots from, until it is loaded.
+/// Where the guest's first instruction comes from, until the vCPUs are made.
+enum Origin {
+    Boot(Image),
+    Saved(Box<MachineState>),
+}
+
+/// What the guest boots from.
 struct Image {
     kernel: File,
     initrd: Option<File>,
@@ -147,22 +159,36 @@ impl Machine {
     /// # Errors
     /// A configuration that cannot be, or KVM refuses: see [`MachineError`].
     pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
-        if !(1..=layout::MAX_VCPUS).contains(&config.vcpus) {
-            return Err(MachineError::Vcpus(config.vcpus));
-        }
+        check_vcpus(config.vcpus)?;
+        let memory = memory::map(config.memory, config.memory_bytes)?;
+        let origin = Origin::Boot(Image {
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline: config.cmdline,
+        });
+        Self::make(config.kvm, memory, config.vcpus, config.console, origin)
+    }
+
+    fn make(
+        kvm_device: File,
+        memory: GuestMemory,
+        vcpus: u32,
+        console: Option<File>,
+        origin: Origin,
+    ) -> Result<Self, MachineError> {
         let event = || {
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
                 .map_err(host("making an event descriptor"))
         };
-        let memory = memory::map(config.memory, config.memory_bytes)?;
-        let (vm, host_cpuid) = vm::create(config.kvm, &memory)?;
+        let (vm, host_cpuid) = vm::create(kvm_device, &memory)?;
+        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or_default();
         let mut buses = Buses::default();
         let facts = cmdline::Facts {
             emulated: host_cpuid.emulated(),
-            console: config.console.is_some(),
+            console: console.is_some(),
             ..cmdline::Facts::default()
         };
-        if let Some(output) = config.console {
+        if let Some(output) = console {
             let line = event()?;
             vm.register_irqfd(&line, layout::SERIAL_GSI)
                 .map_err(kvm("KVM_IRQFD of the console"))?;
@@ -177,12 +203,9 @@ impl Machine {
             buses,
             slots: Slots::default(),
             facts,
-            count: config.vcpus,
-            image: Some(Image {
-                kernel: config.kernel,
-                initrd: config.initrd,
-                cmdline: config.cmdline,
-            }),
+            count: vcpus,
+            origin: Some(origin),
+            xsave_bytes,
             state: State::Configured,
             end: Arc::new(Ending {
                 reason: Mutex::default(),
@@ -235,14 +258,15 @@ impl Machine {
         Ok(())
     }
 
-    /// Loads the kernel, makes the vCPUs and their threads; each runs `confine` and then waits. From
+    /// Loads the kernel or the saved state, makes the vCPUs and their threads; each runs `confine` and then waits. From
     /// here on no device can be connected. Returns when every thread is confined.
     ///
     /// # Errors
-    /// A kernel, initrd or command line that cannot be loaded; KVM; a thread that could not be made or confined.
+    /// A kernel, initrd or command line that cannot be loaded, a saved state that is not of such a machine; KVM; a thread
+    /// that could not be made or confined.
     pub fn spawn(&mut self, confine: Confine) -> Result<(), MachineError> {
         self.unspawned("be loaded")?;
-        let Some(image) = self.image.take() else {
+        let Some(origin) = self.origin.take() else {
             return Err(self.wrong_state("be loaded a second time"));
         };
         kick::install_handler().map_err(|error| MachineError::Host {
@@ -254,17 +278,9 @@ impl Machine {
             vcpus.push(setup::create(&self.vm, &self.host, index, self.count)?);
         }
         self.facts.tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
-        let line = cmdline::build(&self.facts, &image.cmdline)?;
-        let image = BootImage {
-            kernel: image.kernel,
-            initrd: image.initrd,
-            cmdline: &line,
-            vcpus: self.count,
-            seed: seed()?,
-        };
-        let entry = boot::load(&self.memory.memory(), image)?;
-        if let Some(first) = vcpus.first() {
-            setup::set_entry(first, entry)?;
+        match origin {
+            Origin::Boot(image) => self.load(image, &vcpus)?,
+            Origin::Saved(state) => self.take_back(&state, &vcpus)?,
         }
         for (index, vcpu) in (0..).zip(vcpus) {
             let emulator = self
@@ -283,6 +299,22 @@ impl Machine {
             self.vcpus.push(VcpuThread::spawn(parts, confine.clone())?);
         }
         Ok(())
+    }
+
+    fn load(&self, image: Image, vcpus: &[VcpuFd]) -> Result<(), MachineError> {
+        let line = cmdline::build(&self.facts, &image.cmdline)?;
+        let image = BootImage {
+            kernel: image.kernel,
+            initrd: image.initrd,
+            cmdline: &line,
+            vcpus: self.count,
+            seed: seed()?,
+        };
+        let entry = boot::load(&self.memory.memory(), image)?;
+        match vcpus.first() {
+            Some(first) => Ok(setup::set_entry(first, entry)?),
+            None => Ok(()),
+        }
     }
 
     /// Lets the guest run. Legal once, after [`Machine::spawn`].
@@ -405,6 +437,13 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+fn check_vcpus(count: u32) -> Result<(), MachineError> {
+    match (1..=layout::MAX_VCPUS).contains(&count) {
+        true => Ok(()),
+        false => Err(MachineError::Vcpus(count)),
     }
 }
 

@@ -25,7 +25,9 @@ pub(super) fn create(
 ) -> Result<(VmFd, HostCpuid), MachineError> {
     // SAFETY: the descriptor is open, and this owns it from here on.
     let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(device.into_raw_fd()) };
-    let cpuid = HostCpuid::read(&kvm).map_err(refused("KVM_GET_SUPPORTED_CPUID on /dev/kvm"))?;
+    let cpuid = HostCpuid::read(&kvm).map_err(refused(
+        "KVM_GET_SUPPORTED_CPUID and KVM_GET_MSR_INDEX_LIST on /dev/kvm",
+    ))?;
     let vm = create_vm(&kvm)?;
     add_memory(&vm, memory)?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);

@@ -30,6 +30,7 @@ const LEVEL_CORES: u32 = 2 << 8;
 pub struct HostCpuid {
     entries: CpuId,
     deadline_timer: bool,
+    msrs: Vec<u32>,
 }
 
 impl HostCpuid {
@@ -41,7 +42,13 @@ impl HostCpuid {
         Ok(Self {
             entries: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?,
             deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+            msrs: kvm.get_msr_index_list()?.as_slice().to_vec(),
         })
+    }
+
+    /// The model-specific registers that make up a vCPU's state, as far as a vCPU has them.
+    pub fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// KVM runs the guest's kernel mode in its instruction emulator: no hardware virtualization. Such a KVM
@@ -144,6 +151,7 @@ mod tests {
         HostCpuid {
             entries: CpuId::from_entries(&[entry]).unwrap(),
             deadline_timer: true,
+            msrs: Vec::new(),
         }
     }
 

@@ -5,6 +5,7 @@ pub mod emulate;
 pub mod exit;
 pub mod kick;
 pub mod setup;
+pub mod state;
 pub mod thread;
 
 mod stats;
@@ -30,6 +31,27 @@ pub enum VcpuError {
     Msrs {
         /// The vCPU.
         index: u32,
+    },
+    /// KVM did not take back a model-specific register that it gave.
+    #[error(
+        "vCPU {index}: KVM does not take the value {value:#x} of model-specific register {msr:#x}"
+    )]
+    Msr {
+        /// The vCPU.
+        index: u32,
+        /// The register.
+        msr: u32,
+        /// What it should hold.
+        value: u64,
+    },
+    /// A saved state is not one.
+    #[error("vCPU {index}: {source}")]
+    Snapshot {
+        /// The vCPU.
+        index: u32,
+        /// Why not.
+        #[source]
+        source: crate::snapshot::SnapshotError,
     },
     /// What completes instructions for KVM cannot work on this host.
     #[error("vCPU {index}: {source}")]

@@ -15,6 +15,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use cella_proto::snapshot::VcpuState;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
@@ -31,10 +32,12 @@ use crate::machine::Confine;
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// What a thread is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Command {
     Run,
     Pause,
+    /// Legal while waiting: read the vCPU's state, with these model-specific registers.
+    Save(Vec<u32>, Sender<Result<VcpuState, VcpuError>>),
     Stop,
 }
 
@@ -149,6 +152,21 @@ impl VcpuThread {
         }
     }
 
+    /// The state of a vCPU that waits, with those of the model-specific registers `msrs` that it has.
+    ///
+    /// # Errors
+    /// KVM refuses to give it, or the thread does not answer.
+    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, VcpuError> {
+        let (sender, saved) = mpsc::channel();
+        // A thread that has ended drops the sender.
+        let _ = self.commands.send(Command::Save(msrs.to_vec(), sender));
+        saved.recv_timeout(ANSWER).map_err(|_| VcpuError::Deaf {
+            index: self.index,
+            command: "to give its state",
+            seconds: ANSWER.as_secs(),
+        })?
+    }
+
     /// Tells the thread to end.
     pub fn stop(&self) {
         if self.commands.send(Command::Stop).is_ok() {
@@ -235,6 +253,11 @@ impl Runner {
                 Command::Pause => {
                     let _ = self.paused.send(());
                     State::Waiting
+                }
+                Command::Save(msrs, sender) => {
+                    let saved = super::state::save(self.kickable.vcpu(), self.index, &msrs);
+                    let _ = sender.send(saved);
+                    state
                 }
                 Command::Stop => break End::Commanded,
             };

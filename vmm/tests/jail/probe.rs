@@ -310,6 +310,7 @@ fn idle(mut entered: Entered) {
     for (name, kind) in [
         ("vcpu", ThreadKind::Vcpu),
         ("block", ThreadKind::Block),
+        ("net", ThreadKind::Net),
         ("fs", ThreadKind::Fs),
     ] {
         let (ready, is_ready) = std::sync::mpsc::channel();
@@ -345,6 +346,7 @@ fn costs() {
     for kind in [
         ThreadKind::Vcpu,
         ThreadKind::Block,
+        ThreadKind::Net,
         ThreadKind::Fs,
         ThreadKind::Main,
     ] {
@@ -365,6 +367,7 @@ fn forbidden(orders: &Orders) {
         "main" => ThreadKind::Main,
         "vcpu" => ThreadKind::Vcpu,
         "block" => ThreadKind::Block,
+        "net" => ThreadKind::Net,
         "fs" => ThreadKind::Fs,
         other => panic!("no kind {other}"),
     };

@@ -28,16 +28,16 @@ fn stats(vmm: &mut Vmm) -> Stats {
     }
 }
 
-fn pause() -> Call {
+pub fn pause() -> Call {
     Call::Pause(Pause::default())
 }
 
-fn resume() -> Call {
+pub fn resume() -> Call {
     Call::Resume(Resume::default())
 }
 
 /// Where the guest's agent calls its host.
-const AGENT_PORT: &str = "1024";
+pub const AGENT_PORT: &str = "1024";
 
 /// A process with a running guest and one of each device, or nothing.
 fn running(kernel: File, vcpus: u32) -> Option<Vmm> {
@@ -125,7 +125,7 @@ fn a_running_machine_ends_with_its_door() {
 }
 
 /// The guest that this repository builds, if it is built.
-fn built() -> Option<[File; 2]> {
+pub fn built() -> Option<[File; 2]> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let directory = std::env::var_os("CELLA_LIBEXEC_DIR")
         .map_or_else(|| root.join("target/libexec"), PathBuf::from);
@@ -140,7 +140,7 @@ fn built() -> Option<[File; 2]> {
 }
 
 /// Connects to the guest's `port` and returns what the VMM says to it.
-fn connect(vmm: &Vmm, port: &str) -> Vec<u8> {
+pub fn connect(vmm: &Vmm, port: &str) -> Vec<u8> {
     let mut stream = UnixStream::connect(vmm.sockets.path().join("listener")).unwrap();
     let patience = Some(Duration::from_secs(30));
     stream.set_read_timeout(patience).unwrap();

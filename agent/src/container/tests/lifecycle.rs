@@ -283,6 +283,7 @@ fn hooks_run_in_order_and_place() {
         };
         let mut boxed = sandbox.create_in("c1", &spec, &shared)?;
         boxed.container.start()?;
+        boxed.container.run_poststart_hooks()?;
         assert_eq!(boxed.output(), "startContainer inside\n");
         assert_eq!(boxed.wait(), 0);
         boxed.delete()?;

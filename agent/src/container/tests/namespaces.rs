@@ -99,7 +99,7 @@ fn namespaces_are_joined_by_path_and_by_descriptor() {
 #[test]
 fn a_pod_shares_its_pid_namespace_through_a_holder() {
     in_sandbox(|sandbox| {
-        let holder = PidHolder::spawn()?;
+        let holder = PidHolder::spawn(&crate::reaper::Reaper::default())?;
         let shared = SharedNamespaces {
             pid: Shared::Fd(holder.namespace()),
             ..SharedNamespaces::default()

@@ -3,16 +3,17 @@
 
 use std::ffi::CString;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 pub(super) use super::super::terminal::resize;
 pub(super) use super::super::{
-    Container, Error, Kind, PidHolder, Result, Runtime, RuntimeConfig, Shared, SharedNamespaces,
-    Status, Stdio,
+    Birth, Container, Error, Kind, PidHolder, Result, Runtime, RuntimeConfig, Shared,
+    SharedNamespaces, Status, Stdio,
 };
 
 /// A test's result inside its sandbox.
@@ -157,7 +158,7 @@ fn as_agent(dir: &Path, cgroups: &Path, test: impl FnOnce(&Sandbox) -> Outcome) 
         cgroup_root: cgroups.into(),
         cgroup_parent: parent,
     };
-    let runtime = Runtime::new(config).unwrap();
+    let runtime = Runtime::new(config, Arc::default()).unwrap();
     let mounts = mounts_now();
     let result = test(&Sandbox {
         runtime,
@@ -271,7 +272,9 @@ impl Sandbox {
             stderr: Some(stderr),
             ..Stdio::default()
         };
-        let created = self.runtime.create(id, &spec, stdio, shared)?;
+        let created = self
+            .runtime
+            .create(id, &spec, stdio, shared, &Birth::default())?;
         Ok(Boxed {
             container: created.container,
             terminal: created.terminal,
@@ -307,7 +310,7 @@ impl Boxed {
     }
 
     pub(super) fn delete(self) -> Outcome {
-        self.container.delete().map_err(|(_, error)| error.into())
+        self.container.delete().map_err(Into::into)
     }
 
     /// Runs a process in it to its end.
@@ -320,9 +323,9 @@ impl Boxed {
             stderr: Some(stderr),
             ..Stdio::default()
         };
-        let process = self.container.exec(&process, stdio)?;
+        let executed = self.container.exec(&process, stdio, &Birth::default())?;
         let output = read_all(output);
-        Ok((output, reap(process.pidfd.as_fd())))
+        Ok((output, reap(executed.process.pidfd())))
     }
 }
 

@@ -47,11 +47,12 @@ fn exec_with_a_terminal() {
             size: Some((5, 6)),
             ..Stdio::default()
         };
-        let mut made = boxed
-            .container
-            .exec(&serde_json::from_value(process)?, stdio)?;
+        let mut made =
+            boxed
+                .container
+                .exec(&serde_json::from_value(process)?, stdio, &Birth::default())?;
         let output = read_all(made.terminal.take().unwrap());
-        assert_eq!(reap(made.pidfd.as_fd()), 0);
+        assert_eq!(reap(made.process.pidfd()), 0);
         assert_eq!(output, "/dev/pts/0\r\n5 6\r\n");
         boxed.container.kill_all(libc::SIGKILL)?;
         boxed.wait();

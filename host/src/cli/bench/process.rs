@@ -118,7 +118,7 @@ async fn container(
     busybox_rootfs(sandbox, id, &options.busybox)?;
     let mut spec = Spec::default();
     spec.set_process(Some(process(command)));
-    volume::share(sandbox.dir(), id, &mut spec)?;
+    volume::share(sandbox.dir(), id, &mut spec, |_| None)?;
     let wanted = Wanted {
         stdin: true,
         terminal: None,

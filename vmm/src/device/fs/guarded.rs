@@ -13,6 +13,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,14 +63,22 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
 pub struct Guarded {
     inner: PassthroughFs,
     budget: Mutex<Budget>,
+    // A session was begun and not ended.
+    mounted: AtomicBool,
 }
 
 impl Guarded {
+    /// Whether a guest has the file system mounted: it may hold inodes and files that exist in this process alone.
+    pub fn is_mounted(&self) -> bool {
+        self.mounted.load(Ordering::SeqCst)
+    }
+
     /// Guards `inner`, within `budget`.
     pub fn new(inner: PassthroughFs, budget: Budget) -> Self {
         Self {
             inner,
             budget: Mutex::new(budget),
+            mounted: AtomicBool::new(false),
         }
     }
 
@@ -181,10 +190,12 @@ impl FileSystem for Guarded {
         let capable = capable.difference(FsOptions::PERFILE_DAX);
         // A new session begins with nothing held.
         self.destroy();
+        self.mounted.store(true, Ordering::SeqCst);
         Ok(self.inner.init(capable)? | OPTIONS)
     }
 
     fn destroy(&self) {
+        self.mounted.store(false, Ordering::SeqCst);
         self.inner.destroy();
         self.budget().clear();
     }

@@ -34,7 +34,7 @@ use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryMmap};
 use self::budget::Budget;
 use self::guarded::Guarded;
 use super::lent::{Lent, broken, pop, read_config};
-use super::{Device, DeviceError, Resources, Watcher};
+use super::{Device, DeviceError, Resources, SnapshotStep, Watcher};
 
 /// How long the guest may believe a name or an attribute without asking again.
 pub const VALIDITY: Duration = Duration::from_secs(1);
@@ -251,6 +251,15 @@ impl Device for Fs {
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
         self.serve_queue(index)
+    }
+
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            SnapshotStep::Save(_) if self.guarded.is_mounted() => {
+                Err(DeviceError::State("the guest has it mounted"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn reset(&mut self) -> Option<Resources> {

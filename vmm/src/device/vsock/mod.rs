@@ -27,6 +27,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -39,7 +40,7 @@ use self::buffers::Buffers;
 use self::muxer::Muxer;
 use self::packet::{HEADER_LEN, Header};
 use super::lent::{Lent, broken, pop, read_config};
-use super::{Device, DeviceError, Readiness, Resources, Watcher};
+use super::{Device, DeviceError, Readiness, Resources, SnapshotStep, Watcher};
 
 /// `VIRTIO_VSOCK_F_STREAM`.
 const F_STREAM: u32 = 0;
@@ -48,6 +49,13 @@ const F_STREAM: u32 = 0;
 const RX: usize = 0;
 /// Transmit queue: packets of the guest's.
 const TX: usize = 1;
+/// Event queue: what happens to the device itself.
+const EVENTS: usize = 2;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: every connection is lost (virtio 1.2, section 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
+/// What a device saves whose guest knew of connections.
+const CONNECTED: &[u8] = &[1];
 
 // A Linux driver fills the receive queue with 4 KiB buffers when it starts: a larger queue is a longer boot.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
@@ -70,6 +78,9 @@ pub struct Vsock {
     go_on: EventFd,
     active: Lent,
     watcher: Option<Arc<dyn Watcher + Send + Sync>>,
+    // The guest has been told that every connection is lost, and gets no packet until it knows: it would take a new
+    // connection for an old one.
+    resetting: bool,
 }
 
 impl Vsock {
@@ -92,6 +103,7 @@ impl Vsock {
             go_on: EventFd::new(EFD_NONBLOCK).map_err(host("making vsock's event descriptor"))?,
             active: Lent::default(),
             watcher: None,
+            resetting: false,
         })
     }
 
@@ -103,6 +115,40 @@ impl Vsock {
             return Ok(());
         }
         self.put_off()
+    }
+
+    // Tells the guest that the connections that it knows of are lost: their sockets end with ECONNRESET.
+    fn reset_connections(&mut self) -> Result<(), DeviceError> {
+        let resources = self.active.get()?;
+        let guard = resources.memory.memory();
+        let queue = resources
+            .queues
+            .get_mut(EVENTS)
+            .ok_or(DeviceError::State("vsock has three queues"))?;
+        // A driver without room for the event hears of it when it uses a connection: nobody answers for that.
+        let Some(chain) = pop(queue, &guard, EVENTS)? else {
+            return Ok(());
+        };
+        let head = chain.head_index();
+        let mut len = 0;
+        if let Ok(mut room) = Buffers::new(&guard, chain, true)
+            && let Some(mut event) = room.reserve(TRANSPORT_RESET.len())
+        {
+            event.write(&TRANSPORT_RESET);
+            len = TRANSPORT_RESET.len() as u32;
+        }
+        queue.add_used(&*guard, head, len).map_err(broken(EVENTS))?;
+        // The kick with which the driver gives the buffer back says that it has acted. It is asked for behind the
+        // buffers that are there already.
+        let next = queue.next_avail();
+        let end = queue
+            .avail_idx(&*guard, Ordering::Acquire)
+            .map_err(broken(EVENTS))?;
+        queue.set_next_avail(end.0);
+        queue.enable_notification(&*guard).map_err(broken(EVENTS))?;
+        queue.set_next_avail(next);
+        self.resetting = true;
+        resources.notify(EVENTS)
     }
 
     // Has the event loop call again, after the other devices' turns.
@@ -152,7 +198,7 @@ impl Vsock {
         let mut used = false;
         for _ in 0..BATCH {
             // Kicks are asked for only when buffers are missed: a guest that refills its queue is left alone.
-            if !self.muxer.has_packets() {
+            if self.resetting || !self.muxer.has_packets() {
                 done = true;
                 break;
             }
@@ -256,8 +302,22 @@ impl Device for Vsock {
                 false => self.put_off(),
             },
             TX => self.run(),
-            // The guest offers room for events; there are none yet.
+            // The guest offers room for events: it has taken the one that it got.
+            _ if std::mem::take(&mut self.resetting) => self.run(),
             _ => Ok(()),
+        }
+    }
+
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            SnapshotStep::Save(own) => {
+                if self.muxer.connections() > 0 || self.muxer.has_packets() {
+                    own.extend_from_slice(CONNECTED);
+                }
+                Ok(())
+            }
+            SnapshotStep::Restore(CONNECTED) => self.reset_connections(),
+            SnapshotStep::Restore(_) => Ok(()),
         }
     }
 
@@ -276,6 +336,7 @@ impl Device for Vsock {
 
     fn reset(&mut self) -> Option<Resources> {
         let resources = self.active.give_back()?;
+        self.resetting = false;
         self.muxer.stop();
         if let Some(watcher) = self.watcher.take() {
             let _ = watcher.unwatch(self.go_on.as_raw_fd());

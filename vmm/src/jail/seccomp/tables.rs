@@ -3,6 +3,8 @@
 //! `argument & mask == value` is all that a check can say; where there are several, one must hold. Only the lower 32
 //! bits of an argument are compared: all arguments checked here are of type `int` or have flags there only.
 
+use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs};
+use kvm_bindings::{kvm_debugregs, kvm_pit_state2, kvm_xcrs};
 use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 
 use crate::jail::ThreadKind;
@@ -34,6 +36,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Main => [EVERY, LOOP, MAIN, &[]],
         ThreadKind::Vcpu => [EVERY, VCPU, &[], &[]],
         ThreadKind::Block => [EVERY, LOOP, BLOCK, &[]],
+        ThreadKind::Net => [EVERY, LOOP, NET, &[]],
         ThreadKind::Fs => [EVERY, LOOP, FS, &[]],
         ThreadKind::VhostUserMain => [EVERY, LOOP, MAIN, VHOST_USER_MAIN],
         ThreadKind::VhostUserFs => [EVERY, LOOP, FS, VHOST_USER_FS],
@@ -182,16 +185,25 @@ const MAIN: &[Call] = &[
     ),
     call!(
         SYS_ioctl,
-        "vsock: nonblocking connections",
-        arg!(1 is libc::FIONBIO)
+        "vsock: nonblocking connections; snapshots: interrupt controllers, timer and clock are read",
+        arg!(1 is libc::FIONBIO),
+        arg!(1 is KVM_GET_IRQCHIP),
+        arg!(1 is KVM_GET_PIT2),
+        arg!(1 is KVM_GET_CLOCK)
     ),
-    call!(SYS_lseek, "statistics: /proc/self/smaps from its start"),
+    call!(
+        SYS_lseek,
+        "statistics: /proc/self/smaps from its start; snapshots: pages of the guest's memory that were used"
+    ),
+    call!(SYS_pwrite64, "snapshots: to the files that came for it"),
+    call!(SYS_fstat, "snapshots: the length of the memory's file"),
+    call!(SYS_statx, "as fstat"),
 ];
 
 const VCPU: &[Call] = &[
     call!(
         SYS_ioctl,
-        "running the guest; completing what KVM cannot emulate",
+        "running the guest; completing what KVM cannot emulate; snapshots: its registers are read",
         arg!(1 is KVM_RUN),
         arg!(1 is KVM_GET_REGS),
         arg!(1 is KVM_SET_REGS),
@@ -200,7 +212,12 @@ const VCPU: &[Call] = &[
         arg!(1 is KVM_GET_XSAVE),
         arg!(1 is KVM_SET_XSAVE),
         arg!(1 is KVM_GET_VCPU_EVENTS),
-        arg!(1 is KVM_SET_VCPU_EVENTS)
+        arg!(1 is KVM_SET_VCPU_EVENTS),
+        arg!(1 is KVM_GET_LAPIC),
+        arg!(1 is KVM_GET_MP_STATE),
+        arg!(1 is KVM_GET_XCRS),
+        arg!(1 is KVM_GET_DEBUGREGS),
+        arg!(1 is KVM_GET_MSRS)
     ),
     call!(
         SYS_timerfd_settime,
@@ -224,6 +241,16 @@ const BLOCK: &[Call] = &[
     call!(SYS_fdatasync, "flush"),
     call!(SYS_fsync, "flush"),
     call!(SYS_fallocate, "discard and write zeroes"),
+];
+
+const NET: &[Call] = &[
+    call!(SYS_readv, "frames into guest memory"),
+    call!(SYS_writev, "frames from guest memory"),
+    call!(
+        SYS_ioctl,
+        "the tap learns which offloads the guest takes",
+        arg!(1 is TUNSETOFFLOAD)
+    ),
 ];
 
 const FS: &[Call] = &[
@@ -313,6 +340,18 @@ const KVM_GET_VCPU_EVENTS: u32 = kvm(READ, 0x9f, size_of::<kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u32 = kvm(WRITE, 0xa0, size_of::<kvm_vcpu_events>());
 const KVM_GET_XSAVE: u32 = kvm(READ, 0xa4, size_of::<kvm_xsave>());
 const KVM_SET_XSAVE: u32 = kvm(WRITE, 0xa5, size_of::<kvm_xsave>());
+
+const KVM_GET_MSRS: u32 = kvm(READ | WRITE, 0x88, size_of::<kvm_msrs>());
+const KVM_GET_LAPIC: u32 = kvm(READ, 0x8e, size_of::<kvm_lapic_state>());
+const KVM_GET_MP_STATE: u32 = kvm(READ, 0x98, size_of::<kvm_mp_state>());
+const KVM_GET_DEBUGREGS: u32 = kvm(READ, 0xa1, size_of::<kvm_debugregs>());
+const KVM_GET_XCRS: u32 = kvm(READ, 0xa6, size_of::<kvm_xcrs>());
+const KVM_GET_IRQCHIP: u32 = kvm(READ | WRITE, 0x62, size_of::<kvm_irqchip>());
+const KVM_GET_CLOCK: u32 = kvm(READ, 0x7c, size_of::<kvm_clock_data>());
+const KVM_GET_PIT2: u32 = kvm(READ, 0x9f, size_of::<kvm_pit_state2>());
+
+/// `_IOW('T', 208, unsigned int)` of `linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 const NONE: u32 = 0;
 const WRITE: u32 = 1;

@@ -3,10 +3,11 @@ use std::fmt::Write;
 
 use super::*;
 
-const KINDS: [ThreadKind; 6] = [
+const KINDS: [ThreadKind; 7] = [
     ThreadKind::Main,
     ThreadKind::Vcpu,
     ThreadKind::Block,
+    ThreadKind::Net,
     ThreadKind::Fs,
     ThreadKind::VhostUserMain,
     ThreadKind::VhostUserFs,

@@ -6,6 +6,7 @@
 //! registers' first.
 
 mod registers;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -24,6 +26,7 @@ use crate::machine::bus::BusDevice;
 
 pub use registers::{QueueState, TransportState};
 use registers::{Register, StatusChange};
+pub use state::Frozen;
 
 /// Bytes of guest-physical address space that a device answers in.
 pub const WINDOW: u64 = 0x1000;
@@ -174,18 +177,22 @@ impl MmioTransport {
             .build_queues(&*self.memory.memory())
             .ok_or_else(|| "a queue is not set up".to_owned())
             .and_then(|queues| {
-                let resources = Resources {
-                    memory: self.memory.clone(),
-                    queues,
-                    interrupt: self.interrupt.clone(),
-                    features: registers.driver_features,
-                };
+                let resources = self.resources(registers, queues);
                 let watcher = self.watcher.clone();
                 guarded(|| slot.device.activate(resources, watcher))
             });
         match outcome {
             Ok(()) => slot.active = true,
             Err(failure) => self.fail(&mut slot, "on activation", &failure),
+        }
+    }
+
+    fn resources(&self, registers: &TransportState, queues: Vec<Queue>) -> Resources {
+        Resources {
+            memory: self.memory.clone(),
+            queues,
+            interrupt: self.interrupt.clone(),
+            features: registers.driver_features,
         }
     }
 

@@ -52,7 +52,8 @@ impl Table {
                 return Err(io::Error::other("guest memory that its file does not hold"));
             }
             let region: GuestRegionMmap =
-                map_range(&Arc::new(file), offset, guest, bytes).map_err(io::Error::other)?;
+                map_range(&Arc::new(file), offset, guest, bytes, libc::MAP_SHARED)
+                    .map_err(io::Error::other)?;
             let start = region.as_ptr() as u64;
             table.mapped.push(start..start.saturating_add(bytes));
             table.names.push(Named {

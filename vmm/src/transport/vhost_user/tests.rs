@@ -195,7 +195,7 @@ impl Guest {
 }
 
 fn map_all(file: &Arc<File>) -> GuestMemoryMmap {
-    let region = crate::machine::memory::map_range(file, 0, 0, BYTES).unwrap();
+    let region = crate::machine::memory::map_range(file, 0, 0, BYTES, libc::MAP_SHARED).unwrap();
     GuestMemoryMmap::from_regions(vec![region]).unwrap()
 }
 

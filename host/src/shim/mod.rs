@@ -1,0 +1,91 @@
+//! `containerd-shim-cella-v2`: containerd's runtime shim. One shim, and one sandbox, for each pod; containers without a pod
+//! have a sandbox of their own.
+//!
+//! | file | what lives there |
+//! | --- | --- |
+//! | `args`, `bootstrap`, `start`, `delete` | how containerd runs the shim |
+//! | `serve` | the shim itself |
+//! | `task` | the task service (v2 and v3) |
+//! | `pod`, `container`, `process` | what is known of the sandbox and what is in it |
+//! | `create`, `lifecycle` | how containers and processes come, run and end |
+//! | `bundle`, `spec`, `rootfs` | a bundle made the guest's |
+//! | `settings` | what a sandbox shall be |
+//! | `io`, `logger` | standard streams |
+//! | `events`, `log` | what containerd is told |
+//! | `stats`, `pids`, `time`, `error` | values as containerd has them |
+
+mod args;
+mod bootstrap;
+mod bundle;
+mod container;
+mod create;
+mod delete;
+mod error;
+mod events;
+mod io;
+mod lifecycle;
+mod log;
+mod logger;
+mod pids;
+mod pod;
+mod process;
+mod rootfs;
+mod serve;
+mod settings;
+mod spec;
+mod start;
+mod stats;
+mod task;
+mod time;
+
+use std::process::ExitCode;
+
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::{Message, MessageField};
+
+use self::args::{Action, Args};
+use crate::error::chain;
+use crate::paths::Paths;
+use crate::sandbox::Error;
+
+/// The runtime's name in containerd's configuration.
+const NAME: &str = "io.containerd.cella.v2";
+
+/// Runs the shim with containerd's `arguments`, the program's name among them.
+pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    let outcome = Args::parse(arguments.skip(1)).and_then(|args| run(&args));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("containerd-shim-cella-v2: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Error> {
+    let paths = Paths::from_environment();
+    match args.action {
+        Action::Start => start::main(&paths, args),
+        Action::Delete => delete::main(&paths, args),
+        Action::Serve => serve::main(paths, args),
+        Action::Version => print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION")).as_bytes()),
+        Action::Info => {
+            // The options on standard input change nothing of it.
+            let info = RuntimeInfo {
+                name: NAME.to_owned(),
+                version: MessageField::some(RuntimeVersion {
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            let bytes = info.write_to_bytes();
+            print(&bytes.map_err(|e| Error::host("encoding the runtime's description", e))?)
+        }
+    }
+}
+
+fn print(bytes: &[u8]) -> Result<(), Error> {
+    bootstrap::print(bytes).map_err(|e| Error::host("writing to standard output", e))
+}
