@@ -26,10 +26,15 @@ use cella_proto::vmm::{Configure, Device, Fs, Stats, StopReason, Vsock, device};
 
 use self::command::Console;
 use super::process::{self, FIRST_FD, GUEST_CID, SHARE_TAG, VmmProcess, open};
+use crate::error::ErrorKind;
+
 use super::{Ended, Error, Hypervisor, Vm, VmSpec};
 
 /// The oldest QEMU that has all that is asked of it: `acpi=off` of microvm, vhost-user-vsock, memory-backend.
 const OLDEST: (u32, u32) = (5, 2);
+
+/// microvm has eight slots for devices, of which vsock, the shared directory and entropy take one each.
+const MAX_NICS: usize = 5;
 
 /// The hypervisor of this module.
 #[derive(Clone, Debug)]
@@ -90,6 +95,16 @@ impl Hypervisor for Qemu {
     }
 
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
+        if spec.nics.len() > MAX_NICS {
+            return Err(Error::Refused {
+                id: spec.id,
+                kind: ErrorKind::InvalidArgument,
+                message: format!(
+                    "QEMU's microvm has room for {MAX_NICS} network interfaces, not {}",
+                    spec.nics.len()
+                ),
+            });
+        }
         open("opening the guest kernel", &spec.kernel)?;
         open("opening the guest image", &spec.initrd)?;
         let (vm, configure, fds) = self.spawn(&spec)?;
