@@ -261,13 +261,7 @@ fn a_mebibyte_goes_each_way(host: &Host, netns: &Netns, data: &std::path::Path) 
 
 /// As containerd does it: `localhost` is dialled inside of the namespace, and the pod listens.
 fn a_port_is_forwarded(host: &Host, netns: &Netns) {
-    let listen = [
-        "exec",
-        "c",
-        "sh",
-        "-c",
-        "echo answer | nc -l -p 6000",
-    ];
+    let listen = ["exec", "c", "sh", "-c", "echo answer | nc -l -p 6000"];
     let child = host.command(&listen).spawn().unwrap();
     let dial = |port: &str| {
         let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port} && echo question >&3 && cat <&3");

@@ -16,7 +16,7 @@ use super::events::Publisher;
 use super::pod::Pod;
 use super::sandbox_service::SandboxService;
 use super::task::TaskService;
-use super::{bundle, log, start};
+use super::{log, start};
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
@@ -80,7 +80,6 @@ async fn serve(paths: Paths, args: &Args, listener: UnixListener) -> Result<(), 
         _ = term.recv() => tracing::info!("ended by a signal"),
     }
     let ended = pod.end().await;
-    let _ = std::fs::remove_file(bundle::socket(&args.address, &args.namespace, pod.group()));
     let _ = tokio::time::timeout(FLUSH, publisher.flush()).await;
     tokio::time::sleep(GRACE).await;
     ended
