@@ -346,7 +346,8 @@ fn volumes_of_a_pod() {
 #[test]
 fn what_a_container_may_do() {
     let Some(daemon) = with_pods() else { return };
-    let pod = Pod::run(&daemon, &json!({}));
+    let config = json!({"linux": {"security_context": {"privileged": true}}});
+    let pod = Pod::run(&daemon, &config);
     let with = |context: Value| json!({"linux": {"security_context": context}});
     let user = pod.start("user", "sleep 1000", &with(json!({
         "run_as_user": {"value": 1000}, "run_as_group": {"value": 1000}, "supplemental_groups": [2000, 3000],
