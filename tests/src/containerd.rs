@@ -130,6 +130,8 @@ impl Containerd {
     pub fn ctr_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(ctr());
         command.arg("--address").arg(self.socket()).args(args);
+        // The newer one's, of this host's cgroups, would be in what containers say.
+        command.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
         self.host.on_this_host(&mut command);
         command
     }

@@ -33,6 +33,8 @@ pub struct Pod {
     pub namespace: String,
     /// Where events go.
     pub publisher: Publisher,
+    /// What containerd gave `start` for the runtime.
+    options: Option<Any>,
     group: String,
     socket: PathBuf,
     socket_removed: AtomicBool,
@@ -57,11 +59,12 @@ pub struct Place<'a> {
 
 impl Pod {
     /// The pod of a shim that `start` has made for container `args.id`.
-    pub fn new(paths: Paths, args: &Args, publisher: Publisher) -> Self {
+    pub fn new(paths: Paths, args: &Args, publisher: Publisher, options: Option<Any>) -> Self {
         Self {
             paths,
             namespace: args.namespace.clone(),
             publisher,
+            options,
             group: args.id.clone(),
             socket: bundle::socket(&args.address, &args.namespace, &args.id),
             socket_removed: AtomicBool::new(false),
@@ -97,7 +100,7 @@ impl Pod {
     ) -> Result<Arc<Sandbox>, Error> {
         let boot = || async {
             spec::refuse_host_namespaces(spec)?;
-            let config = settings::with_options(&self.paths, options)?;
+            let config = settings::with_options(&self.paths, options.or(self.options.as_ref()))?;
             let name = config.hypervisor.clone();
             let spec = settings::sandbox(config, &self.group, role, spec)?;
             let choice = hypervisor::choose(&name, &self.paths.qemu)?;
@@ -200,9 +203,9 @@ impl Pod {
         made.collect()
     }
 
-    /// Forgets a container.
-    pub fn remove(&self, id: &str) {
-        self.lock().remove(id);
+    /// Forgets a container; says whether it was known.
+    pub fn remove(&self, id: &str) -> bool {
+        self.lock().remove(id).is_some()
     }
 
     /// Ends the shim, unless there are containers, or a sandbox that has its own call for this.

@@ -114,6 +114,7 @@ fn a_task_and_its_processes_from_create_to_delete() {
         "{said:?}"
     );
 
+    check_cost(daemon.shims()[0]);
     let said = daemon.ctr(&["task", "ps", "task"]).expect_status(0);
     assert!(said.stdout.lines().count() >= 2, "{said:?}");
     let said = daemon.ctr(&["task", "metrics", "task"]).expect_status(0);
@@ -256,5 +257,34 @@ fn a_terminal_and_a_logger() {
     daemon.eventually("the logger ends", || {
         fs::read_to_string(&log).is_ok_and(|text| text == expected)
     });
+    daemon.end();
+}
+
+/// One thread, and at most 8 MiB of resident memory.
+fn check_cost(shim: u32) {
+    let status = fs::read_to_string(format!("/proc/{shim}/status")).unwrap();
+    let number = |name: &str| -> u64 {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    assert_eq!(number("Threads:"), 1);
+    assert!(number("VmRSS:") <= 8 << 10, "{} KiB", number("VmRSS:"));
+}
+
+#[test]
+fn the_runtimes_own_options() {
+    let Some(daemon) = containerd() else { return };
+    let own = daemon.host.path("own.toml");
+    let hypervisor = super::hypervisor_name();
+    fs::write(&own, format!("hypervisor = \"{hypervisor}\"\ncpus = 2\n")).unwrap();
+    let options = ["--runtime-config-path", own.to_str().unwrap()];
+    let said = daemon.run(&options, "own", &["nproc"]).expect_status(0);
+    assert_eq!(said.stdout, "2\n");
+    fs::write(&own, "hypervsor = \"kvm\"\n").unwrap();
+    let said = daemon.run(&options, "wrong", &["true"]);
+    assert!(
+        said.status != 0 && said.stderr.contains("did you mean 'hypervisor'"),
+        "{said:?}"
+    );
     daemon.end();
 }
