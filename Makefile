@@ -11,10 +11,10 @@ CELLA := target/release/cella
 
 # What builds; what tests beside it.
 BUILD_PACKAGES := build-essential libseccomp-dev cpio flex bison bc libelf-dev xz-utils linux-source-6.12
-TEST_PACKAGES := busybox-static iproute2 qemu-system-x86 strace
+TEST_PACKAGES := busybox-static containerd containernetworking-plugins iproute2 qemu-system-x86 strace
 export CELLA_LIBEXEC_DIR := $(CURDIR)/$(LIBEXEC)
 
-.PHONY: all help build host guest kernel agent deps deps-build deps-test demo test lint fuzz bench bench-boot install clean
+.PHONY: all help build host guest kernel agent deps deps-build deps-test demo test lint fuzz cri-client bench bench-boot install clean
 
 all: build
 
@@ -55,8 +55,12 @@ deps: deps-test ## The Debian packages that building and testing need
 demo: deps-test build ## A pod with two containers in a virtual machine of its own
 	tests/demo.sh
 
-test: deps-test build ## Every test that this machine can run; says which it could not, and why
+test: deps-test build cri-client ## Every test that this machine can run; says which it could not, and why
 	tests/run.sh
+
+cri-client: ## The CRI client of the tests, where Go is
+	@if command -v go >/dev/null; then cd tests/cri && go build -o ../../target/cri .; \
+	else echo 'SKIPPED: the CRI client (Go)'; fi
 
 lint: ## Formatting, lints, licences and advisories
 	$(CARGO) fmt --all --check
@@ -77,6 +81,7 @@ bench-boot: deps-test build ## Guest instructions (under QEMU) and VM exits (on 
 
 install: build ## Installs under PREFIX (default /usr/local) and /usr/libexec/cella
 	install -D -m755 $(CELLA) $(DESTDIR)$(PREFIX)/bin/cella
+	install -D -m755 target/release/containerd-shim-cella-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-cella-v2
 	install -D -m755 $(LIBEXEC)/cella-vmm $(DESTDIR)/usr/libexec/cella/cella-vmm
 	install -D -m644 $(LIBEXEC)/vmlinux $(DESTDIR)/usr/libexec/cella/vmlinux
 	install -D -m644 $(LIBEXEC)/initrd.cpio $(DESTDIR)/usr/libexec/cella/initrd.cpio

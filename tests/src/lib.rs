@@ -9,6 +9,8 @@
     reason = "test support"
 )]
 
+pub mod containerd;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};

@@ -24,6 +24,7 @@ pub mod volume;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cella_proto::agent::{Mount, Ready, SetUpSandboxRequest};
@@ -82,6 +83,8 @@ pub struct Sandbox {
 struct Owned {
     _forward: Option<forward::Forward>,
     vm: Box<dyn Vm>,
+    /// Its directory is removed, and may be another's by now.
+    ended: AtomicBool,
     _lock: OwnerLock,
 }
 
@@ -171,6 +174,7 @@ impl Sandbox {
             owned: Some(Owned {
                 _forward: forward.transpose()?,
                 vm,
+                ended: AtomicBool::new(false),
                 _lock: lock,
             }),
         })
@@ -243,11 +247,14 @@ impl Sandbox {
     /// # Errors
     /// Something could not be removed.
     pub async fn end(&self) -> Result<(), Error> {
-        if let Some(owned) = &self.owned {
-            owned.vm.stop().await?;
-            self.dir.remove()?;
+        let Some(owned) = &self.owned else {
+            return Ok(());
+        };
+        owned.vm.stop().await?;
+        if owned.ended.swap(true, Ordering::Relaxed) {
+            return Ok(());
         }
-        Ok(())
+        self.dir.remove()
     }
 
     /// Ends an owned sandbox with everything in it and removes it from the host. An attached one is only left.
@@ -295,10 +302,13 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
+        let Some(owned) = self.owned.take() else {
+            return;
+        };
+        let ended = owned.ended.load(Ordering::Relaxed);
         // Not stopped: the virtual machine first, then what it used.
-        if self.owned.take().is_some()
-            && let Err(error) = self.dir.remove()
-        {
+        drop(owned);
+        if !ended && let Err(error) = self.dir.remove() {
             tracing::warn!("removing sandbox {}: {error}", self.dir.id());
         }
     }

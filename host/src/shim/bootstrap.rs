@@ -8,8 +8,10 @@ use std::io::{self, Read, Write};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 
 use super::args::Args;
+use super::settings;
 
 /// The most that is read from standard input, bytes.
 const MAX_INPUT: u64 = 4 << 20;
@@ -19,6 +21,17 @@ pub fn is_modern(input: &[u8], args: &Args) -> bool {
     !input.is_empty()
         && BootstrapParams::parse_from_bytes(input)
             .is_ok_and(|params| params.instance_id == args.id && params.namespace == args.namespace)
+}
+
+/// The runtime's options in the `input` of `start`: an Any, or in `BootstrapParams` one among the extensions.
+pub fn options(input: &[u8], args: &Args) -> Option<Any> {
+    let is_options = |any: &Any| any.type_url.ends_with(settings::OPTIONS);
+    if !is_modern(input, args) {
+        return Any::parse_from_bytes(input).ok().filter(is_options);
+    }
+    let params = BootstrapParams::parse_from_bytes(input).ok()?;
+    let mut extensions = params.extensions.into_iter();
+    extensions.find_map(|extension| extension.value.into_option().filter(is_options))
 }
 
 /// Reads all of standard input. No input is no error: containerd may leave it closed.
@@ -58,7 +71,6 @@ pub fn print(bytes: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protobuf::well_known_types::any::Any;
 
     fn args() -> Args {
         let line = "-namespace default -id one start";
@@ -87,7 +99,10 @@ mod tests {
             value: b"x".to_vec(),
             ..Default::default()
         };
-        assert!(!is_modern(&options.write_to_bytes().unwrap(), &args()));
+        let bytes = options.write_to_bytes().unwrap();
+        assert!(!is_modern(&bytes, &args()));
+        assert_eq!(super::options(&bytes, &args()), Some(options));
+        assert_eq!(super::options(b"", &args()), None);
         assert_eq!(answer("unix:///run/x", false).unwrap(), b"unix:///run/x");
     }
 }

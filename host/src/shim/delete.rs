@@ -1,5 +1,6 @@
 //! `delete`: what containerd runs when a shim is gone, and with older versions after each task of a pod whose shim lives.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -29,15 +30,12 @@ pub fn main(paths: &Paths, args: &Args) -> Result<(), Error> {
     let role = bundle::read_spec(&bundle).map_or(Role::Alone, |spec| Role::of(&spec));
     let group = role.group(&args.id);
     let dir = bundle::sandbox_dir(paths, &args.namespace, group)?;
-    if dir.is_owned() {
-        tracing::debug!("the shim of {group} lives");
-    } else {
+    let socket = bundle::socket(&args.address, &args.namespace, group);
+    // One that is starting this moment has no sandbox yet, but listens.
+    let lives = UnixStream::connect(&socket).is_ok() || dir.is_owned();
+    if !lives {
         dir.remove()?;
-        let socket = bundle::socket(&args.address, &args.namespace, group);
-        // A shim that is starting this moment listens already.
-        if std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            let _ = std::fs::remove_file(&socket);
-        }
+        let _ = std::fs::remove_file(&socket);
     }
     unmount(&bundle.join("rootfs"));
     let response = DeleteResponse {

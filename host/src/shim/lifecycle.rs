@@ -36,7 +36,7 @@ impl Pod {
     pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, Error> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
-        if process.phase() != Phase::Created {
+        if !process.claim_start() {
             return Err(refuse(
                 ErrorKind::FailedPrecondition,
                 format!("starting container {id} {exec}: it was started already"),
@@ -46,7 +46,9 @@ impl Pod {
         if container.is_sandbox {
             process.set_running(0);
             self.started(&container, &process);
-            tokio::spawn(Arc::clone(self).watch_sandbox(container, sandbox));
+            if process.claim_watch() {
+                tokio::spawn(Arc::clone(self).watch_sandbox(container, sandbox));
+            }
             return Ok(process.pid());
         }
         process.open_stdin()?;
@@ -66,7 +68,9 @@ impl Pod {
         }
         self.started(&container, &process);
         let pid = process.pid();
-        tokio::spawn(Arc::clone(self).watch(container, process, sandbox));
+        if process.claim_watch() {
+            tokio::spawn(Arc::clone(self).watch(container, process, sandbox));
+        }
         Ok(pid)
     }
 
@@ -74,18 +78,33 @@ impl Pod {
     ///
     /// # Errors
     /// `NotFound`: it has ended.
-    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
+    pub async fn kill(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), Error> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         process.check_lives()?;
+        let sandbox = self.sandbox()?;
+        let created = process.phase() == Phase::Created && exec.is_empty();
         if container.is_sandbox {
             if signal != 0 {
                 container.end_sandbox(128_u32.saturating_add(signal));
+                if created && process.claim_watch() {
+                    tokio::spawn(Arc::clone(self).watch_sandbox(container, sandbox));
+                }
             }
             return Ok(());
         }
-        let killed = self.sandbox()?.signal(id, exec, signal, all).await;
-        match killed {
+        match sandbox.signal(id, exec, signal, all).await {
+            // Nobody will start it any more: its end is to be told all the same.
+            Ok(()) if created && process.claim_watch() => {
+                tokio::spawn(Arc::clone(self).watch(container, process, sandbox));
+                Ok(())
+            }
             // Its end is on its way, or the virtual machine's is.
             Err(error) if error.kind() == ErrorKind::Unavailable => Err(refuse(
                 ErrorKind::NotFound,
@@ -136,7 +155,10 @@ impl Pod {
         if !container.is_sandbox {
             sandbox.dir().remove_container_files(id)?;
         }
-        self.remove(id);
+        if !self.remove(id) {
+            // Another call was faster, and has told it.
+            return Ok((pid, exited));
+        }
         self.publisher.publish(
             topics::TASK_DELETE_EVENT_TOPIC,
             &TaskDelete {

@@ -2,6 +2,8 @@
 //! that no container waits for its sibling.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cella_proto::agent::StatsResponse;
@@ -31,7 +33,11 @@ pub struct Pod {
     pub namespace: String,
     /// Where events go.
     pub publisher: Publisher,
+    /// What containerd gave `start` for the runtime.
+    options: Option<Any>,
     group: String,
+    socket: PathBuf,
+    socket_removed: AtomicBool,
     sandbox: OnceCell<Arc<Sandbox>>,
     declared: OnceLock<Declared>,
     containers: Mutex<HashMap<String, Slot>>,
@@ -53,22 +59,20 @@ pub struct Place<'a> {
 
 impl Pod {
     /// The pod of a shim that `start` has made for container `args.id`.
-    pub fn new(paths: Paths, args: &Args, publisher: Publisher) -> Self {
+    pub fn new(paths: Paths, args: &Args, publisher: Publisher, options: Option<Any>) -> Self {
         Self {
             paths,
             namespace: args.namespace.clone(),
             publisher,
+            options,
             group: args.id.clone(),
+            socket: bundle::socket(&args.address, &args.namespace, &args.id),
+            socket_removed: AtomicBool::new(false),
             sandbox: OnceCell::new(),
             declared: OnceLock::new(),
             containers: Mutex::default(),
             end: Notify::new(),
         }
-    }
-
-    /// The id of the container that the shim was made for.
-    pub fn group(&self) -> &str {
-        &self.group
     }
 
     /// The sandbox.
@@ -96,7 +100,7 @@ impl Pod {
     ) -> Result<Arc<Sandbox>, Error> {
         let boot = || async {
             spec::refuse_host_namespaces(spec)?;
-            let config = settings::with_options(&self.paths, options)?;
+            let config = settings::with_options(&self.paths, options.or(self.options.as_ref()))?;
             let name = config.hypervisor.clone();
             let spec = settings::sandbox(config, &self.group, role, spec)?;
             let choice = hypervisor::choose(&name, &self.paths.qemu)?;
@@ -199,21 +203,31 @@ impl Pod {
         made.collect()
     }
 
-    /// Forgets a container.
-    pub fn remove(&self, id: &str) {
-        self.lock().remove(id);
+    /// Forgets a container; says whether it was known.
+    pub fn remove(&self, id: &str) -> bool {
+        self.lock().remove(id).is_some()
     }
 
     /// Ends the shim, unless there are containers, or a sandbox that has its own call for this.
-    pub fn shut_down(&self) {
-        if self.lock().is_empty() && self.declared.get().is_none() {
-            self.end.notify_one();
+    ///
+    /// # Errors
+    /// Something of the sandbox could not be removed.
+    pub async fn shut_down(&self) -> Result<(), Error> {
+        if !self.lock().is_empty() || self.declared.get().is_some() {
+            return Ok(());
         }
+        self.shut_down_now().await
     }
 
-    /// Ends the shim.
-    pub fn shut_down_now(&self) {
+    /// Ends the shim. When this returns, everything of it that has a name is gone: the answer is what containerd makes
+    /// the next shim of the same name after.
+    ///
+    /// # Errors
+    /// Something of the sandbox could not be removed.
+    pub async fn shut_down_now(&self) -> Result<(), Error> {
+        let ended = self.end().await;
         self.end.notify_one();
+        ended
     }
 
     /// Returns when the shim is to end.
@@ -221,11 +235,23 @@ impl Pod {
         self.end.notified().await;
     }
 
-    /// Ends the sandbox.
+    /// Ends the sandbox, and takes the socket away, once.
     ///
     /// # Errors
     /// Something could not be removed.
     pub async fn end(&self) -> Result<(), Error> {
+        let ended = self.end_sandbox().await;
+        if !self.socket_removed.swap(true, Ordering::Relaxed) {
+            let _ = std::fs::remove_file(&self.socket);
+        }
+        ended
+    }
+
+    /// Ends the sandbox.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub async fn end_sandbox(&self) -> Result<(), Error> {
         match self.sandbox.get() {
             Some(sandbox) => sandbox.end().await,
             None => Ok(()),

@@ -1,5 +1,6 @@
 //! A process as containerd knows it: a container's init, or one made by Exec.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ pub struct Process {
     /// What containerd said of its streams.
     pub stdio: Stdio,
     state: Mutex<State>,
+    starting: AtomicBool,
+    watched: AtomicBool,
     exited: watch::Sender<Option<Exited>>,
 }
 
@@ -60,8 +63,20 @@ impl Process {
                 pid,
                 io: Some(io),
             }),
+            starting: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
             exited: watch::Sender::new(None),
         }
+    }
+
+    /// Whether the caller is the first who starts it.
+    pub fn claim_start(&self) -> bool {
+        self.phase() == Phase::Created && !self.starting.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether the caller is the first who waits for its end to tell it.
+    pub fn claim_watch(&self) -> bool {
+        !self.watched.swap(true, Ordering::Relaxed)
     }
 
     /// Where it is in its life.

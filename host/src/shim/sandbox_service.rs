@@ -134,7 +134,7 @@ impl SandboxApi for SandboxService {
         _: api::ShutdownSandboxRequest,
     ) -> Answer<api::ShutdownSandboxResponse> {
         self.0.stop_sandbox().await.map_err(|e| status(&e))?;
-        self.0.shut_down_now();
+        self.0.shut_down_now().await.map_err(|e| status(&e))?;
         Ok(api::ShutdownSandboxResponse::new())
     }
 
@@ -208,7 +208,7 @@ impl Pod {
             // Before the machine is: this is no failure.
             declared.end(STOPPED);
         }
-        self.end().await
+        self.end_sandbox().await
     }
 }
 

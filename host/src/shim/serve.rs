@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::{sandbox_async, shim_async};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -16,7 +18,7 @@ use super::events::Publisher;
 use super::pod::Pod;
 use super::sandbox_service::SandboxService;
 use super::task::TaskService;
-use super::{bundle, log, start};
+use super::{log, start};
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
@@ -40,23 +42,30 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
         listener.set_nonblocking(true)
     };
     adopt().map_err(|e| Error::host("taking the shim's socket over", e))?;
+    let options = std::fs::read(start::OPTIONS_FILE).ok();
+    let options = options.and_then(|bytes| Any::parse_from_bytes(&bytes).ok());
     // The bundle is containerd's to remove.
     std::env::set_current_dir("/").map_err(|e| Error::host("leaving the bundle", e))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| Error::host("making the event loop", e))?;
-    let served = runtime.block_on(serve(paths, args, listener));
+    let served = runtime.block_on(serve(paths, args, listener, options));
     if let Err(error) = &served {
         tracing::error!("{error}");
     }
     served
 }
 
-async fn serve(paths: Paths, args: &Args, listener: UnixListener) -> Result<(), Error> {
+async fn serve(
+    paths: Paths,
+    args: &Args,
+    listener: UnixListener,
+    options: Option<Any>,
+) -> Result<(), Error> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
-    let pod = Arc::new(Pod::new(paths, args, publisher.clone()));
+    let pod = Arc::new(Pod::new(paths, args, publisher.clone(), options));
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(|e| Error::host("listening on the shim's socket", e))?;
     let service = Arc::new(TaskService(Arc::clone(&pod)));
@@ -80,7 +89,6 @@ async fn serve(paths: Paths, args: &Args, listener: UnixListener) -> Result<(), 
         _ = term.recv() => tracing::info!("ended by a signal"),
     }
     let ended = pod.end().await;
-    let _ = std::fs::remove_file(bundle::socket(&args.address, &args.namespace, pod.group()));
     let _ = tokio::time::timeout(FLUSH, publisher.flush()).await;
     tokio::time::sleep(GRACE).await;
     ended

@@ -21,6 +21,8 @@ pub const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 pub const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// The period, microseconds.
 pub const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// The type of the options that are for this runtime.
+pub const OPTIONS: &str = "runtimeoptions.v1.Options";
 /// Linux's default CFS period, microseconds.
 const DEFAULT_PERIOD: i64 = 100_000;
 /// CPUs of a sandbox at most.
@@ -43,9 +45,7 @@ pub fn load(paths: &Paths) -> Result<Config, Error> {
 /// The options, or the file that they name, are wrong.
 pub fn with_options(paths: &Paths, options: Option<&Any>) -> Result<Config, Error> {
     let options = match options {
-        Some(any) if any.type_url.ends_with("runtimeoptions.v1.Options") => {
-            RuntimeOptions::parse(&any.value)?
-        }
+        Some(any) if any.type_url.ends_with(OPTIONS) => RuntimeOptions::parse(&any.value)?,
         // runc's options say how to run runc; others are not for a runtime at all.
         _ => RuntimeOptions::default(),
     };

@@ -13,6 +13,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use protobuf::Message;
+
 use super::args::Args;
 use super::bundle::{self, Role};
 use super::error::refuse;
@@ -21,6 +23,8 @@ use crate::error::ErrorKind;
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
+/// Where the shim finds the runtime's options, in the bundle.
+pub const OPTIONS_FILE: &str = "cella-options";
 /// The listening socket's number in the shim.
 pub const SOCKET_FD: RawFd = 3;
 /// This process's place in the kernel's choice of what to kill for memory.
@@ -53,7 +57,8 @@ pub fn main(paths: &Paths, args: &Args) -> Result<(), Error> {
             ));
         }
         Some(listener) => {
-            if let Err(error) = spawn(args, &listener) {
+            let started = keep_options(&input, args).and_then(|()| spawn(args, &listener));
+            if let Err(error) = started {
                 let _ = fs::remove_file(&socket);
                 return Err(error);
             }
@@ -66,6 +71,18 @@ pub fn main(paths: &Paths, args: &Args) -> Result<(), Error> {
     bootstrap::answer(&address, modern)
         .and_then(|answer| bootstrap::print(&answer))
         .map_err(|e| Error::host("printing the shim's address", e))
+}
+
+/// Leaves the runtime's options for the shim in the bundle.
+fn keep_options(input: &[u8], args: &Args) -> Result<(), Error> {
+    let Some(options) = bootstrap::options(input, args) else {
+        return Ok(());
+    };
+    let action = || format!("writing the bundle's {OPTIONS_FILE}");
+    let bytes = options
+        .write_to_bytes()
+        .map_err(|e| Error::host(action(), e))?;
+    fs::write(OPTIONS_FILE, bytes).map_err(|e| Error::host(action(), e))
 }
 
 /// Binds the socket; `None` if somebody listens on it already. A dead shim's is replaced.

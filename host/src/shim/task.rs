@@ -189,7 +189,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Answer<api::Empty> {
-        self.0.shut_down();
+        self.0.shut_down().await.map_err(|e| status(&e))?;
         Ok(api::Empty::new())
     }
 }

@@ -1,0 +1,45 @@
+//! The shim under a real containerd: with `ctr`, and pods through its CRI plugin. CELLA_TEST_CONTAINERD names another daemon
+//! than Debian's, CELLA_TEST_HYPERVISOR another hypervisor than QEMU.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
+
+#[path = "containerd/crashes.rs"]
+mod crashes;
+#[path = "containerd/pods.rs"]
+mod pods;
+#[path = "containerd/sandboxes.rs"]
+mod sandboxes;
+#[path = "containerd/tasks.rs"]
+mod tasks;
+
+use cella_tests::containerd::{Containerd, containerd_is_missing, cri_is_missing};
+use cella_tests::{missing_for, skip};
+
+fn hypervisor_name() -> String {
+    std::env::var("CELLA_TEST_HYPERVISOR").unwrap_or_else(|_| "qemu".into())
+}
+
+/// A containerd, unless the machine lacks something.
+fn containerd() -> Option<Containerd> {
+    let name = hypervisor_name();
+    match missing_for(&name).or_else(containerd_is_missing) {
+        Some(missing) => {
+            skip(&missing);
+            None
+        }
+        None => Some(Containerd::start(&name)),
+    }
+}
+
+/// A containerd that can be asked for pods, unless the machine lacks something.
+fn with_pods() -> Option<Containerd> {
+    if let Some(missing) = cri_is_missing() {
+        skip(&missing);
+        return None;
+    }
+    containerd()
+}
