@@ -101,7 +101,10 @@ async fn sandbox(
     options: &Options,
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
-    let config = Config::load(&context.paths)?;
+    let config = Config {
+        template: false,
+        ..Config::load(&context.paths)?
+    };
     let id = format!("bench-{}", container::new_id()?);
     pod::boot(context, &config, &id, false, &options.machine, timeline).await
 }
