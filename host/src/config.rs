@@ -26,22 +26,31 @@ pub struct Config {
     pub cpus: u32,
     /// Words added to the guest kernel's command line.
     pub kernel_params: String,
+    /// Sandboxes are cloned from templates.
+    pub template: bool,
+    /// What templates may take on disk, bytes.
+    pub template_limit: u64,
     /// What the guest itself needs beside a pod's memory limit, bytes.
     pub overhead_bytes: u64,
     /// The keys of this file that a pod's `io.cella.*` annotations may set.
     pub annotations: Vec<String>,
 }
 
+/// The environment variable that says whether sandboxes are cloned from templates, `true` or `false`, over every file: for
+/// tests and measurements.
+const TEMPLATE_VARIABLE: &str = "CELLA_TEMPLATE";
 /// The prefix of annotations that set a key of the configuration for one pod.
 pub const ANNOTATION: &str = "io.cella.";
 /// The keys of a configuration file.
-const KEYS: [&str; 6] = [
+const KEYS: [&str; 8] = [
     "hypervisor",
     "memory",
     "cpus",
     "kernel_params",
     "overhead",
     "annotations",
+    "template",
+    "template_limit",
 ];
 /// The keys that make sense for one pod.
 const POD_KEYS: [&str; 4] = ["hypervisor", "memory", "cpus", "kernel_params"];
@@ -53,6 +62,8 @@ impl Default for Config {
             memory_bytes: 256 << 20,
             cpus: 1,
             kernel_params: String::new(),
+            template: true,
+            template_limit: 4 << 30,
             overhead_bytes: 64 << 20,
             annotations: vec!["memory".into(), "cpus".into()],
         }
@@ -68,6 +79,8 @@ struct File {
     cpus: Option<u32>,
     kernel_params: Option<String>,
     overhead: Option<String>,
+    template: Option<bool>,
+    template_limit: Option<String>,
     annotations: Option<Vec<String>>,
 }
 
@@ -137,6 +150,11 @@ impl Config {
         drop_ins.sort();
         for path in drop_ins {
             config.apply(&path)?;
+        }
+        if let Ok(value) = std::env::var(TEMPLATE_VARIABLE)
+            && !value.is_empty()
+        {
+            config.apply_text(TEMPLATE_VARIABLE, &format!("template = {value}"))?;
         }
         Ok(config)
     }
@@ -224,6 +242,12 @@ impl Config {
         }
         if let Some(overhead) = file.overhead {
             self.overhead_bytes = size::parse(&overhead).map_err(|e| e.to_string())?;
+        }
+        if let Some(template) = file.template {
+            self.template = template;
+        }
+        if let Some(limit) = file.template_limit {
+            self.template_limit = size::parse(&limit).map_err(|e| e.to_string())?;
         }
         if let Some(cpus) = file.cpus {
             self.cpus = cpus;

@@ -9,6 +9,7 @@
 //! | [`hypervisor`] | the virtual machine behind one narrow trait |
 //! | [`network`] | a pod's network: the interfaces of a network namespace become the guest's |
 //! | [`sandbox`] | one virtual machine, its agent, and the containers in it |
+//! | [`template`] | booted guests saved once, from which sandboxes are cloned |
 //! | [`container`] | the records of the command line's containers |
 //! | [`timeline`] | when each phase of a start began |
 //! | [`cli`] | the `cella` command |
@@ -26,4 +27,5 @@ pub mod sandbox;
 pub mod shim;
 pub mod size;
 pub mod spec;
+pub mod template;
 pub mod timeline;

@@ -135,6 +135,22 @@ pub fn canonical(path: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Everything below one directory.
+    pub fn paths(dir: &Path) -> Paths {
+        Paths {
+            run_dir: dir.join("run"),
+            lib_dir: dir.join("lib"),
+            libexec_dir: dir.into(),
+            qemu: dir.join("qemu"),
+            config: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

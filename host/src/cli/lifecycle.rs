@@ -13,6 +13,7 @@ use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::gc;
 use crate::sandbox::state::{ContainerState, Status};
 use crate::spec::{self, parse_signal};
+use crate::template;
 
 /// How long a container's runner may take to settle its end after it was killed.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -107,6 +108,9 @@ pub async fn rm(context: &Context, args: RmArgs) -> Result<u8, Error> {
 /// Removes what dead processes left, and prints what it was.
 pub fn gc(context: &Context) -> Result<u8, Error> {
     for line in gc::collect(&context.paths)? {
+        println!("{line}");
+    }
+    for line in template::Store::new(&context.paths).collect()? {
         println!("{line}");
     }
     for path in Store::open(&context.paths.lib_dir)?.gc()? {

@@ -17,6 +17,7 @@ mod session;
 mod source;
 mod stats;
 mod streams;
+mod template;
 mod terminal;
 
 use std::process::ExitCode;
@@ -62,6 +63,7 @@ enum Command {
     Logs(logs::Args),
     Stats(stats::Args),
     Check(check::Args),
+    Template(template::Args),
     /// Remove whatever dead processes left behind, and say what it was
     #[command(after_help = "Example:\n  cella gc")]
     Gc,
@@ -91,6 +93,9 @@ pub enum Error {
     /// In the image.
     #[error(transparent)]
     Image(#[from] image::Error),
+    /// In a template.
+    #[error(transparent)]
+    Template(#[from] crate::template::Error),
     /// In the configuration.
     #[error(transparent)]
     Config(#[from] config::Error),
@@ -211,6 +216,7 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
         Command::Rm(args) => with_runtime(lifecycle::rm(&context, args)),
         Command::Logs(args) => logs::main(&context, &args),
         Command::Stats(args) => with_runtime(stats::main(&context, args)),
+        Command::Template(args) => with_runtime(template::main(&context, args)),
         Command::Check(args) => check::main(&context, &args),
         Command::Gc => lifecycle::gc(&context),
         Command::Bench(args) => with_runtime(bench::main(&context, args)),

@@ -5,11 +5,12 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::path::PathBuf;
 
-use super::{Context, Error, background, dns};
+use super::{Context, Error, background, dns, template};
 use crate::config::Config;
 use crate::hypervisor;
+use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
-use crate::sandbox::{Sandbox, SandboxSpec};
+use crate::sandbox::{Sandbox, SandboxSpec, TemplateUse};
 use crate::size;
 use crate::timeline::Timeline;
 
@@ -57,6 +58,34 @@ pub async fn boot(
         eprintln!("cella: {warning}");
     }
     let hypervisor = hypervisor.hypervisor;
+    let (vcpus, memory_bytes) = size_up(config, machine)?;
+    let spec = SandboxSpec {
+        pod,
+        vcpus,
+        memory_bytes,
+        hostname: id.to_owned(),
+        sysctls: Default::default(),
+        cmdline: config.kernel_params.clone(),
+        console: console(context)?,
+        template: config.template,
+        netns: machine.netns.clone(),
+        resolv_conf: machine
+            .netns
+            .as_deref()
+            .map_or(String::new(), dns::resolv_conf),
+    };
+    timeline.mark("vm-spawning");
+    let dir = SandboxDir::new(&context.paths, id)?;
+    let sandbox = Sandbox::boot(&context.paths, dir, hypervisor.as_ref(), spec, timeline).await?;
+    if let Some(TemplateUse::Wanted(shape)) = sandbox.template_use() {
+        // When this sandbox is there: it was in a hurry, the next one's template is not.
+        template::build_in_background(context, shape);
+    }
+    Ok(sandbox)
+}
+
+/// How many CPUs a sandbox gets, and how many bytes of memory.
+pub(super) fn size_up(config: &Config, machine: &MachineArgs) -> Result<(u32, u64), Error> {
     let memory = machine.memory.as_deref().map(size::parse).transpose();
     let memory_bytes = memory
         .map_err(|e| Error::usage(format!("--memory: {e}")))?
@@ -72,23 +101,7 @@ pub async fn boot(
             "a sandbox has 1 to 32 CPUs, not {vcpus}"
         )));
     }
-    let spec = SandboxSpec {
-        pod,
-        vcpus,
-        memory_bytes,
-        hostname: id.to_owned(),
-        sysctls: Default::default(),
-        cmdline: config.kernel_params.clone(),
-        console: console(context)?,
-        netns: machine.netns.clone(),
-        resolv_conf: machine
-            .netns
-            .as_deref()
-            .map_or(String::new(), dns::resolv_conf),
-    };
-    timeline.mark("vm-spawning");
-    let dir = SandboxDir::new(&context.paths, id)?;
-    Ok(Sandbox::boot(&context.paths, dir, hypervisor.as_ref(), spec, timeline).await?)
+    Ok((vcpus, memory_bytes))
 }
 
 /// Attaches to a pod's sandbox; boots it first, in the background, if it does not run.
@@ -131,17 +144,13 @@ fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<Os
     // The owner runs in another directory.
     let netns = machine.netns.as_ref();
     let netns = netns.map(|path| std::path::absolute(path).unwrap_or(path.clone()));
+    add_paths(&mut arguments, paths);
     let mut flag = |name: &str, value: Option<OsString>| {
         if let Some(value) = value {
             arguments.push(name.into());
             arguments.push(value);
         }
     };
-    flag("--run-dir", Some(paths.run_dir.clone().into()));
-    flag("--lib-dir", Some(paths.lib_dir.clone().into()));
-    flag("--libexec-dir", Some(paths.libexec_dir.clone().into()));
-    flag("--qemu", Some(paths.qemu.clone().into()));
-    flag("--config", paths.config.clone().map(Into::into));
     flag("--hypervisor", machine.hypervisor.clone().map(Into::into));
     flag("--memory", machine.memory.clone().map(Into::into));
     flag("--netns", netns.map(Into::into));
@@ -152,6 +161,23 @@ fn owner_arguments(context: &Context, id: &str, machine: &MachineArgs) -> Vec<Os
     arguments.push("--".into());
     arguments.push(id.into());
     arguments
+}
+
+/// The flags that give another `cella` these paths.
+pub(super) fn add_paths(arguments: &mut Vec<OsString>, paths: &Paths) {
+    let flags = [
+        ("--run-dir", Some(&paths.run_dir)),
+        ("--lib-dir", Some(&paths.lib_dir)),
+        ("--libexec-dir", Some(&paths.libexec_dir)),
+        ("--qemu", Some(&paths.qemu)),
+        ("--config", paths.config.as_ref()),
+    ];
+    for (name, value) in flags {
+        if let Some(value) = value {
+            arguments.push(name.into());
+            arguments.push(value.into());
+        }
+    }
 }
 
 /// With --debug, the guest's console is this process's standard error.

@@ -6,11 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Net, Rng, Vsock, device};
+use cella_proto::vmm::{Configure, Device, Fs, Net, Restore, Rng, Vsock, device};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::{self, GUEST_CID, SHARE_TAG, open};
-use super::{Error, Hypervisor, Nic, Vm, VmSpec};
+use super::{Error, Hypervisor, Nic, SavedVm, Vm, VmSpec};
 
 /// The hypervisor of this module.
 pub struct Kvm;
@@ -22,10 +22,34 @@ impl Hypervisor for Kvm {
     }
 
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
-        let files = Files::open(&spec)?;
+        let files = Files::open(&spec, guest_memory(&spec)?)?;
         let vm = process::spawn(&spec, &[], &[])?;
         let fds = files.descriptors(spec.console.as_ref(), &spec.nics);
         vm.start(configure(&spec), &fds).await?;
+        Ok(Box::new(vm))
+    }
+
+    fn saves(&self) -> bool {
+        true
+    }
+
+    async fn restore(&self, spec: &VmSpec, saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
+        let action = || format!("handing the saved machine to {}", spec.id);
+        let memory = saved
+            .memory
+            .try_clone()
+            .map_err(|e| Error::host(action(), e))?;
+        let files = Files::open(spec, memory.into())?;
+        let vm = process::spawn(spec, &[], &[])?;
+        let mut fds = files.descriptors(None, &spec.nics);
+        let mut configure = configure(spec);
+        configure.restore = Some(Restore {
+            state_fd: u32::try_from(fds.len()).unwrap_or(u32::MAX),
+            ..Default::default()
+        })
+        .into();
+        fds.push(saved.state.as_fd());
+        vm.start(configure, &fds).await?;
         Ok(Box::new(vm))
     }
 }
@@ -40,11 +64,10 @@ struct Files {
 }
 
 impl Files {
-    fn open(spec: &VmSpec) -> Result<Self, Error> {
+    fn open(spec: &VmSpec, memory: OwnedFd) -> Result<Self, Error> {
         let kvm = open_kvm()?;
         let kernel = open("opening the guest kernel", &spec.kernel)?;
         let initrd = open("opening the guest image", &spec.initrd)?;
-        let memory = guest_memory(spec)?;
         let listener = UnixListener::bind(&spec.vsock)
             .map_err(|e| Error::host(format!("binding {}", spec.vsock.display()), e))?;
         Ok(Self {
@@ -150,6 +173,7 @@ fn configure(spec: &VmSpec) -> Configure {
         .chain(nics)
         .collect(),
         console_fd,
+        spare_slots: spec.spare_slots,
         ..Default::default()
     }
 }

@@ -42,6 +42,8 @@ pub struct VmSpec {
     pub vsock: PathBuf,
     /// The guest's console, if it shall have one.
     pub console: Option<File>,
+    /// Places for devices that come when the machine is restored from a snapshot of this one.
+    pub spare_slots: u32,
     /// Its network interfaces, in the order in which the guest finds them.
     pub nics: Vec<Nic>,
 }
@@ -147,6 +149,15 @@ impl Error {
     }
 }
 
+/// The files of a saved virtual machine, as `vmm.proto`'s Snapshot has them.
+#[derive(Debug)]
+pub struct SavedVm {
+    /// Registers, interrupt controllers, devices.
+    pub state: File,
+    /// The guest's memory, with holes where it was never used.
+    pub memory: File,
+}
+
 /// A running virtual machine. Dropping it ends it.
 #[async_trait]
 pub trait Vm: Send + Sync {
@@ -162,6 +173,8 @@ pub trait Vm: Send + Sync {
     async fn wait(&self) -> Ended;
     /// What the machine has cost so far.
     async fn stats(&self) -> Result<Stats, Error>;
+    /// Writes the paused machine to `files`, which are empty; the memory's is as long as the memory is.
+    async fn snapshot(&self, files: &SavedVm) -> Result<(), Error>;
 }
 
 /// Makes virtual machines.
@@ -171,4 +184,17 @@ pub trait Hypervisor: Send + Sync {
     fn name(&self) -> &'static str;
     /// Makes a virtual machine and lets it run.
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error>;
+    /// Whether its machines can be saved and restored.
+    fn saves(&self) -> bool {
+        false
+    }
+    /// Makes a virtual machine that goes on where a saved one of the same kernel, memory and CPUs was, and lets it run.
+    /// The network devices of `spec` are plugged in in addition to the saved one's devices.
+    async fn restore(&self, spec: &VmSpec, _saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
+        Err(Error::Refused {
+            id: spec.id.clone(),
+            kind: ErrorKind::Unimplemented,
+            message: format!("{} restores no saved machines", self.name()),
+        })
+    }
 }

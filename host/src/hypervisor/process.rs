@@ -11,11 +11,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Start, Stats, reply, request};
+use cella_proto::vmm::{Configure, Snapshot, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
-use super::{Ended, Error, Vm, VmSpec};
+use super::{Ended, Error, SavedVm, Vm, VmSpec};
 
 /// The guest's vsock address. Every guest has the same: no two share a host socket.
 pub(super) const GUEST_CID: u64 = 3;
@@ -74,6 +74,17 @@ impl Vm for VmmProcess {
 
     async fn wait(&self) -> Ended {
         self.channel.ended().await
+    }
+
+    async fn snapshot(&self, files: &SavedVm) -> Result<(), Error> {
+        let snapshot = Snapshot {
+            state_fd: 0,
+            memory_fd: 1,
+            ..Default::default()
+        };
+        let fds = [files.state.as_fd(), files.memory.as_fd()];
+        let call = request::Call::Snapshot(snapshot);
+        self.channel.call(call, &fds).await.map(drop)
     }
 
     async fn stats(&self) -> Result<Stats, Error> {

@@ -9,7 +9,8 @@ use cella_proto::agent::{
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::Context;
 
-use super::{Error, Owned, Sandbox, gone};
+use super::start::gone;
+use super::{Error, Owned, Sandbox};
 use crate::error::ErrorKind;
 
 impl Sandbox {

@@ -331,7 +331,7 @@ fn unescape(field: &str) -> String {
 }
 
 /// Opens a unix socket's path to the VMM's user, which reaches it through its jail alone.
-pub(super) fn open_to_vmm(path: &Path) -> Result<(), Error> {
+pub(crate) fn open_to_vmm(path: &Path) -> Result<(), Error> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o666))
         .map_err(|e| Error::host(format!("opening {} to the VMM", path.display()), e))
 }

@@ -5,6 +5,7 @@
 //! | [`dir`] | its directory on the host |
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
+//! | `start` | from a directory to a guest that is set up: cloned or booted |
 //! | `calls` | what it asks of its agent |
 //! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
@@ -17,36 +18,32 @@ pub mod dir;
 mod error;
 mod forward;
 pub mod gc;
+mod start;
 pub mod state;
 pub mod stdio;
 pub mod volume;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use cella_proto::agent::{Mount, Ready, SetUpSandboxRequest};
+use cella_proto::agent::Ready;
 use cella_proto::vmm::Stats;
-use tokio::net::UnixListener;
 use ttrpc::context::Context;
 
 pub use self::agent::Agent;
-use self::dir::{BootLock, OwnerLock, SandboxDir};
+use self::dir::{OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
-use self::state::{ProcessId, SandboxState};
+pub use self::start::TemplateUse;
 use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor, Nic, Vm, VmSpec};
-use crate::network::{Entrance, Network};
+use crate::hypervisor::{self, Hypervisor, Vm};
 use crate::paths::Paths;
 use crate::timeline::Timeline;
 
 /// Where the guest sees the host's shared directory.
 pub const GUEST_SHARE: &str = "/run/cella/share";
-/// How long a guest may take from its first instruction to its agent's call. Where KVM has no hardware, a cold
-/// boot takes up to 20 s.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the agent may take to end the containers and power off before the machine is just stopped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -67,6 +64,8 @@ pub struct SandboxSpec {
     pub cmdline: String,
     /// The guest's console goes there.
     pub console: Option<File>,
+    /// It is cloned from a template if there is one for it.
+    pub template: bool,
     /// The network namespace whose interfaces the pod gets; without one it has a loopback device only.
     pub netns: Option<PathBuf>,
     /// The text of the containers' /etc/resolv.conf; empty: they keep their image's.
@@ -85,6 +84,7 @@ struct Owned {
     vm: Box<dyn Vm>,
     /// Its directory is removed, and may be another's by now.
     ended: AtomicBool,
+    template: TemplateUse,
     _lock: OwnerLock,
 }
 
@@ -116,65 +116,17 @@ impl Sandbox {
         let (lock, booting) = dir.create()?;
         // From here on the directory is this call's to remove. The machine, made later, is dropped before.
         let mut unfinished = Unfinished(Some(dir.clone()));
-        let made = Self::bring_up(paths, &dir, hypervisor, spec, lock, booting, timeline).await;
-        if made.is_ok() {
-            unfinished.0 = None;
-        }
-        made
-    }
-
-    async fn bring_up(
-        paths: &Paths,
-        dir: &SandboxDir,
-        hypervisor: &dyn Hypervisor,
-        spec: SandboxSpec,
-        lock: OwnerLock,
-        _booting: BootLock,
-        timeline: &Timeline,
-    ) -> Result<Self, Error> {
-        let dialled = dir.sockets().join(agent::AGENT_PORT.to_string());
-        let listener = UnixListener::bind(&dialled)
-            .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
-        dir::open_to_vmm(&dialled)?;
-        let mut request = set_up_request(&spec)?;
-        let (nics, entrance) = match &spec.netns {
-            Some(netns) => connect(dir, netns, &mut request).await?,
-            None => (Vec::new(), None),
-        };
-        let mut state = SandboxState {
-            id: dir.id().to_owned(),
-            pod: spec.pod,
-            hypervisor: hypervisor.name().to_owned(),
-            owner: ProcessId::own(),
-            vmm: ProcessId::own(),
-            vcpus: spec.vcpus,
-            memory_bytes: spec.memory_bytes,
-            resolv_conf: !spec.resolv_conf.is_empty(),
-            created: state::now(),
-        };
-        let vm = hypervisor.boot(vm_spec(paths, dir, spec, nics)).await?;
-        timeline.mark("vm-started");
-        state.vmm = ProcessId::of(vm.pid()).unwrap_or(state.vmm);
-        dir.write_state(&state)?;
-        let agent = tokio::select! {
-            agent = first_call(&listener) => agent?,
-            ended = vm.wait() => return Err(gone(dir, &ended).into()),
-        };
-        timeline.ready(agent.ready().await?, started_us(vm.as_ref()).await);
-        agent
-            .client()
-            .set_up_sandbox(Context::default(), &request)
-            .await
-            .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
-        timeline.mark("sandbox-set-up");
-        let forward = entrance.map(|entrance| forward::Forward::start(entrance, &dir.vsock()));
+        let started = start::bring_up(paths, &dir, hypervisor, spec, timeline).await?;
+        unfinished.0 = None;
+        drop(booting);
         Ok(Self {
-            dir: dir.clone(),
-            agent,
+            dir,
+            agent: started.agent,
             owned: Some(Owned {
-                _forward: forward.transpose()?,
-                vm,
+                _forward: started.forward,
+                vm: started.vm,
                 ended: AtomicBool::new(false),
+                template: started.template,
                 _lock: lock,
             }),
         })
@@ -204,6 +156,11 @@ impl Sandbox {
     /// Its directory.
     pub fn dir(&self) -> &SandboxDir {
         &self.dir
+    }
+
+    /// How the sandbox came to be; an attached one does not know.
+    pub fn template_use(&self) -> Option<&TemplateUse> {
+        self.owned.as_ref().map(|owned| &owned.template)
     }
 
     /// What the agent said when it was ready.
@@ -312,87 +269,4 @@ impl Drop for Sandbox {
             tracing::warn!("removing sandbox {}: {error}", self.dir.id());
         }
     }
-}
-
-async fn first_call(listener: &UnixListener) -> Result<Agent, Error> {
-    let accepted = tokio::time::timeout(BOOT_TIMEOUT, listener.accept()).await;
-    match accepted {
-        Ok(Ok((stream, _))) => Agent::new(stream).await,
-        Ok(Err(e)) => Err(Error::host("accepting the agent's call", e)),
-        Err(_) => Err(Error::state(
-            ErrorKind::DeadlineExceeded,
-            format!(
-                "waiting for the agent: it did not call within {} s",
-                BOOT_TIMEOUT.as_secs()
-            ),
-        )),
-    }
-}
-
-/// When the first guest instruction ran, for the timeline; 0 if the VMM does not say.
-async fn started_us(vm: &dyn Vm) -> u64 {
-    vm.stats().await.map_or(0, |stats| stats.started_us)
-}
-
-fn gone(dir: &SandboxDir, ended: &hypervisor::Ended) -> hypervisor::Error {
-    hypervisor::Error::Gone {
-        id: dir.id().to_owned(),
-        message: ended.message.clone(),
-    }
-}
-
-/// Takes the interfaces of a network namespace for the guest: their descriptors, and what the agent is told of them.
-async fn connect(
-    dir: &SandboxDir,
-    netns: &Path,
-    request: &mut SetUpSandboxRequest,
-) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
-    // The path must mean the same to whoever cleans up.
-    let netns = std::path::absolute(netns)
-        .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
-    let network = Network::open(&netns).await?;
-    dir.write_network(&network.joints)?;
-    let entrance = network.join().await?;
-    request.interfaces = network.interfaces;
-    request.routes = network.routes;
-    request.neighbors = network.neighbors;
-    Ok((network.nics, entrance))
-}
-
-fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
-    VmSpec {
-        id: dir.id().to_owned(),
-        vcpus: spec.vcpus,
-        memory_bytes: spec.memory_bytes,
-        vmm: paths.vmm(),
-        kernel: paths.kernel(),
-        initrd: paths.initrd(),
-        cmdline: spec.cmdline,
-        share: dir.share(),
-        sockets: dir.sockets(),
-        vsock: dir.vsock(),
-        console: spec.console,
-        nics,
-    }
-}
-
-fn set_up_request(spec: &SandboxSpec) -> Result<SetUpSandboxRequest, Error> {
-    let mut entropy = vec![0; 64];
-    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| Error::host("drawing entropy for the guest", e))?;
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    Ok(SetUpSandboxRequest {
-        hostname: spec.hostname.clone(),
-        sysctls: spec.sysctls.clone(),
-        mounts: vec![Mount {
-            source: "share".into(),
-            destination: GUEST_SHARE.into(),
-            fstype: "virtiofs".into(),
-            ..Default::default()
-        }],
-        clock_ns: clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0)),
-        entropy,
-        resolv_conf: spec.resolv_conf.clone(),
-        ..Default::default()
-    })
 }

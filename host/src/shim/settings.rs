@@ -149,6 +149,7 @@ pub fn sandbox(
             .unwrap_or_default(),
         cmdline: config.kernel_params,
         console: None,
+        template: config.template,
         netns: linux.and_then(netns),
         // Whoever makes containers brings their resolv.conf among their mounts.
         resolv_conf: String::new(),

@@ -11,7 +11,10 @@ use super::{BootError, layout};
 /// guest seconds, and running it a few times a second next to nothing.
 ///
 /// A timer tick is some 7,000 emulated instructions: `tick_stretch=5` (a patched kernel's word) makes them 20 a second.
-const NO_HARDWARE_KVM: &str = "syscall_by_fault tick_stretch=5 sysctl.net.core.bpf_jit_enable=0 mitigations=off noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
+///
+/// The time stamp counter is the host's there, whatever KVM is told: a guest that goes on from a snapshot would see all of
+/// the time since then at once. kvm-clock goes on where it stood.
+const NO_HARDWARE_KVM: &str = "syscall_by_fault tick_stretch=5 clocksource=kvm-clock sysctl.net.core.bpf_jit_enable=0 mitigations=off noxsaves noxsaveopt clearcpuid=smap,fsgsbase,rdrand,rdseed,popcnt,umip,smep,\
      pcid,invpcid,erms,fsrm,rdtscp,rdpid,cx16,clflushopt,clwb,xsavec,xsaves,xsaveopt";
 
 /// What holds for every guest of this machine:

@@ -118,16 +118,25 @@ impl Session {
         let (beginning, specs) = configure::parse(configure, &mut fds)?;
         // What nobody asked for shall not stay open.
         drop(fds);
-        let (made, saved) = match beginning {
-            Beginning::Boot(config) => (Machine::new(config), None),
+        let (made, saved, mut spares) = match beginning {
+            Beginning::Boot(config) => (Machine::new(config), None, configure.spare_slots),
             Beginning::Restore(mut config) => {
                 let devices = std::mem::take(&mut config.state.devices);
-                (Machine::restore(config), Some(devices))
+                let spares = config.state.spare_slots;
+                (Machine::restore(config), Some(devices), spares)
             }
         };
         let mut machine = made.map_err(Refusal::machine(CONFIGURING))?;
         let devices = Devices::connect(&mut machine, specs, &mut self.worker, &self.confine)
             .map_err(Refusal::devices(CONFIGURING))?;
+        if let Some(saved) = &saved {
+            spares = devices
+                .left_over(saved, spares)
+                .map_err(Refusal::snapshot(CONFIGURING))?;
+        }
+        machine
+            .add_spares(spares)
+            .map_err(Refusal::machine(CONFIGURING))?;
         machine
             .spawn(self.confine.clone())
             .map_err(Refusal::machine(CONFIGURING))?;

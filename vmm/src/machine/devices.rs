@@ -239,19 +239,29 @@ impl Devices {
         self.mmio.iter().map(|device| device.freeze()).collect()
     }
 
-    /// Makes the devices, none of which was used yet, those that were saved. After the machine has its state
+    /// How many of `spares` slots are left over if as many devices as were `saved` are these, and the others are new in
+    /// spare slots.
+    ///
+    /// # Errors
+    /// There are fewer devices than were saved, or more than there are slots.
+    pub fn left_over(&self, saved: &[DeviceState], spares: u32) -> Result<u32, SnapshotError> {
+        self.mmio
+            .len()
+            .checked_sub(saved.len())
+            .and_then(|added| spares.checked_sub(u32::try_from(added).ok()?))
+            .ok_or_else(|| SnapshotError::Shape {
+                what: "a number of devices of",
+                saved: format!("{} with room for {spares} more", saved.len()),
+                wanted: self.mmio.len().to_string(),
+            })
+    }
+
+    /// Makes the first devices, none of which was used yet, those that were saved. After the machine has its state
     /// ([`Machine::spawn`]), before it runs.
     ///
     /// # Errors
     /// They are not the same devices in the same order.
     pub fn restore(&self, saved: &[DeviceState]) -> Result<(), SnapshotError> {
-        if saved.len() != self.mmio.len() {
-            return Err(SnapshotError::Shape {
-                what: "a number of devices of",
-                saved: saved.len().to_string(),
-                wanted: self.mmio.len().to_string(),
-            });
-        }
         for (transport, saved) in self.mmio.iter().zip(saved) {
             transport.restore(saved)?;
         }

@@ -43,7 +43,7 @@ use crate::vcpu::thread::{End, OnEnd, Parts, VcpuThread};
 use crate::vcpu::{VcpuError, kick, setup};
 use bus::BusDevice;
 use console::Console;
-use slots::Slots;
+use slots::{Placeholder, Slots};
 
 pub use error::MachineError;
 pub use saved::RestoreConfig;
@@ -107,6 +107,7 @@ pub struct Machine {
     memory: GuestMemory,
     buses: Buses,
     slots: Slots,
+    spares: u32,
     facts: cmdline::Facts,
     count: u32,
     origin: Option<Origin>,
@@ -202,6 +203,7 @@ impl Machine {
             memory,
             buses,
             slots: Slots::default(),
+            spares: 0,
             facts,
             count: vcpus,
             origin: Some(origin),
@@ -226,6 +228,23 @@ impl Machine {
     pub fn allocate_slot(&mut self) -> Result<MmioSlot, MachineError> {
         self.unspawned("take a device")?;
         self.slots.take().ok_or(MachineError::Slots(Slots::COUNT))
+    }
+
+    /// Announces `count` slots more to the guest, which finds nothing there: in a machine restored from a snapshot of this
+    /// one, devices can be in them. After the last device.
+    ///
+    /// # Errors
+    /// No slot is left, or the machine is past `Configured`.
+    pub fn add_spares(&mut self, count: u32) -> Result<(), MachineError> {
+        for _ in 0..count {
+            let slot = self.allocate_slot()?;
+            let placeholder = Arc::new(Placeholder);
+            let mmio = Arc::make_mut(&mut self.buses.mmio);
+            mmio.insert(slot.base, layout::MMIO_SLOT_BYTES, placeholder)?;
+            self.facts.devices.push((slot.base, slot.gsi));
+            self.spares += 1;
+        }
+        Ok(())
     }
 
     /// Puts a virtio-mmio device into its slot: `device` answers the register page, a write to `irq` raises the

@@ -81,6 +81,7 @@ impl Machine {
                 .map(GuestMemoryRegion::len)
                 .sum(),
             vcpus,
+            spare_slots: self.spares,
             chips: Some(self.save_chips()?).into(),
             ..MachineState::default()
         })

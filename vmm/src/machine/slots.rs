@@ -1,5 +1,6 @@
 //! The virtio-mmio window: register pages and interrupt lines.
 
+use super::bus::BusDevice;
 use crate::boot::layout::{FIRST_GSI, LAST_GSI, MMIO_SLOT_BYTES, MMIO_START};
 
 /// A virtio-mmio device's place: made by [`super::Machine::allocate_slot`], used up by
@@ -46,9 +47,42 @@ impl Slots {
     }
 }
 
+/// What the guest finds in a slot that has no device: the registers' page of virtio-mmio with device id 0, which
+/// is no device (virtio 1.2, section 4.2.2). Its driver passes it over, and looks again when it is told to.
+pub(super) struct Placeholder;
+
+impl BusDevice for Placeholder {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let value: u32 = match offset {
+            0 => u32::from_le_bytes(*b"virt"),
+            4 => 2,
+            _ => 0,
+        };
+        data.fill(0);
+        if let Some(word) = data.first_chunk_mut() {
+            *word = value.to_le_bytes();
+        }
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_slot_has_registers_and_no_device() {
+        let read = |offset| {
+            let mut word = [0xff; 4];
+            Placeholder.read(offset, &mut word);
+            u32::from_le_bytes(word)
+        };
+        assert_eq!((read(0), read(4), read(8)), (0x7472_6976, 2, 0));
+        let mut narrow = [0xff; 2];
+        Placeholder.read(0, &mut narrow);
+        assert_eq!(narrow, [0; 2], "registers are read whole");
+    }
 
     #[test]
     fn slots_are_distinct_and_end_at_the_last_line() {

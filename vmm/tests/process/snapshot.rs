@@ -202,7 +202,7 @@ fn snapshots_that_do_not_fit_are_refused_with_the_reason() {
             same(),
             |given| drop(given.configure.devices.pop()),
             INVALID,
-            "a number of devices of 4, and this one 3",
+            "a number of devices of 4 with room for 0 more, and this one 3",
         ),
         (
             same(),

@@ -2,6 +2,7 @@
 
 mod boot;
 mod process;
+mod template;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +32,7 @@ enum What {
     /// Resident memory of the VMM, without the guest's, and of the agent
     #[command(after_help = "Example:\n  cella bench memory --json")]
     Memory(Options),
-    /// Creating and starting a container in a running sandbox
+    /// A sandbox cold and from a template, and a container in it
     #[command(after_help = "Example:\n  cella bench start --json")]
     Start(Options),
     /// A process in a running container
@@ -72,7 +73,12 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
             (options, figures)
         }
         What::Start(options) => {
-            let figures = process::start(context, &options).await?;
+            let mut figures = process::start(context, &options).await?;
+            if let (Value::Object(all), Some(Value::Object(clones))) =
+                (&mut figures, template::clones(context, &options).await?)
+            {
+                all.extend(clones);
+            }
             (options, figures)
         }
         What::Exec(options) => {
@@ -101,7 +107,10 @@ async fn sandbox(
     options: &Options,
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
-    let config = Config::load(&context.paths)?;
+    let config = Config {
+        template: false,
+        ..Config::load(&context.paths)?
+    };
     let id = format!("bench-{}", container::new_id()?);
     pod::boot(context, &config, &id, false, &options.machine, timeline).await
 }

@@ -145,7 +145,7 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(step).collect()
 }
 
-fn median(mut rounds: Vec<f64>) -> f64 {
+pub(super) fn median(mut rounds: Vec<f64>) -> f64 {
     rounds.sort_by(f64::total_cmp);
     rounds.get(rounds.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -26,9 +26,8 @@ use cella_proto::vmm::{Configure, Device, Fs, Stats, StopReason, Vsock, device};
 
 use self::command::Console;
 use super::process::{self, FIRST_FD, GUEST_CID, SHARE_TAG, VmmProcess, open};
+use super::{Ended, Error, Hypervisor, SavedVm, Vm, VmSpec};
 use crate::error::ErrorKind;
-
-use super::{Ended, Error, Hypervisor, Vm, VmSpec};
 
 /// The oldest QEMU that has all that is asked of it: `acpi=off` of microvm, vhost-user-vsock, memory-backend.
 const OLDEST: (u32, u32) = (5, 2);
@@ -153,6 +152,11 @@ impl Vm for QemuVm {
             ended.message = why.to_string();
         }
         ended
+    }
+
+    /// Refused by the VMM: the machine is not its own.
+    async fn snapshot(&self, files: &SavedVm) -> Result<(), Error> {
+        self.process.snapshot(files).await
     }
 
     async fn stats(&self) -> Result<Stats, Error> {

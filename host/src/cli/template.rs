@@ -1,0 +1,148 @@
+//! `cella template`: booted guests saved once, from which sandboxes are cloned.
+
+use std::ffi::OsString;
+use std::time::Instant;
+
+use super::pod::{self, MachineArgs};
+use super::{Context, Error, background};
+use crate::config::Config;
+use crate::error::ErrorKind;
+use crate::hypervisor;
+use crate::template::{self, Built, Key, Shape, Store};
+
+/// Booted guests saved once, from which sandboxes are cloned
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  cella template build --memory 512M\n  cella template list")]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Build the template for sandboxes of this shape, unless there is one
+    #[command(after_help = "Example:\n  cella template build --memory 512M --cpus 2")]
+    Build(MachineArgs),
+    /// The templates of this host
+    #[command(after_help = "Example:\n  cella template list --json")]
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove templates; sandboxes cloned from them go on
+    #[command(after_help = "Example:\n  cella template rm --all")]
+    Rm {
+        /// The templates
+        #[arg(value_name = "TEMPLATE", required_unless_present = "all")]
+        keys: Vec<String>,
+        /// All of them
+        #[arg(long, conflicts_with = "keys")]
+        all: bool,
+    },
+}
+
+/// Runs the subcommand.
+pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
+    let store = Store::new(&context.paths);
+    match args.what {
+        What::Build(machine) => build(context, &machine).await?,
+        What::List { json } => list(&store, json)?,
+        What::Rm { keys, all } => {
+            let keys = match all {
+                true => store.list()?.into_iter().map(|one| one.key).collect(),
+                false => keys,
+            };
+            for text in keys {
+                let key = Key::parse(&text).ok_or(template::Error::NotFound(text))?;
+                store.remove(&key)?;
+            }
+        }
+    }
+    Ok(0)
+}
+
+async fn build(context: &Context, machine: &MachineArgs) -> Result<(), Error> {
+    // Whoever runs this in the background waits for its start alone.
+    background::report_ready();
+    let config = Config::load(&context.paths)?;
+    let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
+    let choice =
+        hypervisor::choose(name, &context.paths.qemu).map_err(crate::sandbox::Error::from)?;
+    if !choice.hypervisor.saves() {
+        return Err(Error::Usage {
+            kind: ErrorKind::Unimplemented,
+            message: format!(
+                "hypervisor {} has no templates: its machines cannot be saved",
+                choice.hypervisor.name()
+            ),
+        });
+    }
+    let (vcpus, memory_bytes) = pod::size_up(&config, machine)?;
+    let shape = Shape {
+        vcpus,
+        memory_bytes,
+        cmdline: config.kernel_params.clone(),
+    };
+    let begin = Instant::now();
+    let limit = config.template_limit;
+    let (key, built) =
+        template::build(&context.paths, choice.hypervisor.as_ref(), &shape, limit).await?;
+    let what = match built {
+        Built::New => format!("built in {:.1} s", begin.elapsed().as_secs_f64()),
+        Built::Known => "there already".to_owned(),
+        Built::Busy => "being built by another process".to_owned(),
+    };
+    println!("{} {what}", key.as_str());
+    Ok(())
+}
+
+fn list(store: &Store, json: bool) -> Result<(), Error> {
+    let listed = store.list()?;
+    if json {
+        let text = serde_json::to_string(&listed)
+            .map_err(|e| Error::host("writing the list of templates", e))?;
+        println!("{text}");
+        return Ok(());
+    }
+    println!(
+        "{:<32} {:>6} {:>9} {:>9}",
+        "TEMPLATE", "CPUS", "MEMORY", "ON DISK"
+    );
+    for one in listed {
+        let (cpus, memory) = one.shape.map_or(("?".into(), "?".into()), |shape| {
+            (shape.vcpus.to_string(), mib(shape.memory_bytes))
+        });
+        println!(
+            "{:<32} {cpus:>6} {memory:>9} {:>9}",
+            one.key,
+            mib(one.bytes)
+        );
+    }
+    Ok(())
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+/// Has another process build the template of `shape`, for the next sandbox like it. That it cannot be started is no
+/// failure of this one.
+pub(super) fn build_in_background(context: &Context, shape: &Shape) {
+    let mut arguments: Vec<OsString> = ["template", "build", "--hypervisor", "kvm"]
+        .map(OsString::from)
+        .to_vec();
+    arguments.extend(
+        [
+            "--memory",
+            &shape.memory_bytes.to_string(),
+            "--cpus",
+            &shape.vcpus.to_string(),
+        ]
+        .map(OsString::from),
+    );
+    pod::add_paths(&mut arguments, &context.paths);
+    if let Err(error) = background::spawn(&arguments, &[]) {
+        tracing::debug!("building a template in the background: {error}");
+    }
+}

@@ -1,0 +1,329 @@
+//! From a sandbox's directory to a guest that is set up: cloned from a template, or booted.
+
+use std::path::Path;
+use std::time::Duration;
+
+use cella_proto::agent::{Mount, SetUpSandboxRequest};
+use tokio::net::UnixListener;
+use ttrpc::context::Context;
+
+use super::agent::{self, Agent};
+use super::dir::{self, SandboxDir};
+use super::forward::Forward;
+use super::state::{self, ProcessId, SandboxState};
+use super::{Error, GUEST_SHARE, SandboxSpec};
+use crate::error::ErrorKind;
+use crate::hypervisor::{self, Hypervisor, Nic, SavedVm, Vm, VmSpec};
+use crate::network::{Entrance, Network};
+use crate::paths::Paths;
+use crate::template::{self, Key, Shape, Store};
+use crate::timeline::Timeline;
+
+/// How long a guest may take from its first instruction to its agent's call. Where KVM has no hardware, a cold
+/// boot takes up to 20 s.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a clone's agent may take to answer. It waits already; the rest is the host's load.
+const CLONE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What templates had to do with a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TemplateUse {
+    /// It is a clone.
+    Cloned,
+    /// It was booted; with a template of this shape it could have been a clone.
+    Wanted(Shape),
+    /// It was booted, and another one like it will be.
+    Unused,
+}
+
+/// A guest that is set up.
+pub(super) struct Started {
+    pub(super) vm: Box<dyn Vm>,
+    pub(super) agent: Agent,
+    pub(super) template: TemplateUse,
+    /// Connections to the pod's ports, if it has a network.
+    pub(super) forward: Option<Forward>,
+}
+
+/// Starts the virtual machine of the sandbox in `dir`, and sets its guest up.
+pub(super) async fn bring_up(
+    paths: &Paths,
+    dir: &SandboxDir,
+    hypervisor: &dyn Hypervisor,
+    spec: SandboxSpec,
+    timeline: &Timeline,
+) -> Result<Started, Error> {
+    let dialled = dir.sockets().join(agent::AGENT_PORT.to_string());
+    let listener = UnixListener::bind(&dialled)
+        .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
+    dir::open_to_vmm(&dialled)?;
+    let mut request = set_up_request(&spec);
+    let (nics, entrance) = match &spec.netns {
+        Some(netns) => connect(dir, netns, &mut request).await?,
+        None => (Vec::new(), None),
+    };
+    let state = SandboxState {
+        id: dir.id().to_owned(),
+        pod: spec.pod,
+        hypervisor: hypervisor.name().to_owned(),
+        owner: ProcessId::own(),
+        vmm: ProcessId::own(),
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+        resolv_conf: !spec.resolv_conf.is_empty(),
+        created: state::now(),
+    };
+    let found = Found::look(paths, hypervisor, &spec);
+    let (vm_spec, mut template) = (vm_spec(paths, dir, spec, nics), found.template_use());
+    let mut start = Start {
+        dir,
+        hypervisor,
+        timeline,
+        state,
+    };
+    let cloned = match found {
+        Found::Template(key, shape, saved) => match start.clone_from(&vm_spec, &saved).await {
+            Ok(cloned) => Some(cloned),
+            Err(error) => {
+                tracing::warn!(
+                    "cloning template {}: {error}; booting instead",
+                    key.as_str()
+                );
+                discard(paths, &key, &error);
+                template = TemplateUse::Wanted(shape);
+                start.clear()?;
+                None
+            }
+        },
+        _ => None,
+    };
+    let (vm, agent) = match cloned {
+        Some(cloned) => cloned,
+        None => start.boot(vm_spec, &listener).await?,
+    };
+    personalize(&mut request)?;
+    agent
+        .client()
+        .set_up_sandbox(Context::default(), &request)
+        .await
+        .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
+    timeline.mark("sandbox-set-up");
+    let forward = entrance.map(|entrance| Forward::start(entrance, &dir.vsock()));
+    Ok(Started {
+        vm,
+        agent,
+        template,
+        forward: forward.transpose()?,
+    })
+}
+
+/// What there is to clone.
+enum Found {
+    Template(Key, Shape, SavedVm),
+    Missing(Shape),
+    Nothing,
+}
+
+impl Found {
+    fn look(paths: &Paths, hypervisor: &dyn Hypervisor, spec: &SandboxSpec) -> Self {
+        // A console is a device that a template does not have.
+        if !spec.template || !hypervisor.saves() || spec.console.is_some() {
+            return Self::Nothing;
+        }
+        let shape = Shape {
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            cmdline: spec.cmdline.clone(),
+        };
+        let found = Key::of(paths, &shape)
+            .and_then(|key| Ok(Store::new(paths).open(&key)?.map(|saved| (key, saved))));
+        match found {
+            Ok(Some((key, saved))) => Self::Template(key, shape, saved),
+            Ok(None) => Self::Missing(shape),
+            Err(error) => {
+                tracing::warn!("looking for a template: {error}; booting instead");
+                Self::Nothing
+            }
+        }
+    }
+
+    fn template_use(&self) -> TemplateUse {
+        match self {
+            Self::Template(..) => TemplateUse::Cloned,
+            Self::Missing(shape) => TemplateUse::Wanted(shape.clone()),
+            Self::Nothing => TemplateUse::Unused,
+        }
+    }
+}
+
+/// A template that cannot be used is in the way of one that can, unless it is the host that lacks something.
+fn discard(paths: &Paths, key: &Key, why: &Error) {
+    if why.kind() == ErrorKind::ResourceExhausted {
+        return;
+    }
+    match Store::new(paths).remove(key) {
+        Ok(()) | Err(template::Error::NotFound(_)) => {}
+        Err(error) => tracing::warn!("{error}"),
+    }
+}
+
+/// What starting a machine needs, either way.
+struct Start<'a> {
+    dir: &'a SandboxDir,
+    hypervisor: &'a dyn Hypervisor,
+    timeline: &'a Timeline,
+    state: SandboxState,
+}
+
+impl Start<'_> {
+    /// Restores the saved machine, and calls the agent that waits in it.
+    async fn clone_from(
+        &mut self,
+        spec: &VmSpec,
+        saved: &SavedVm,
+    ) -> Result<(Box<dyn Vm>, Agent), Error> {
+        let vm = self.hypervisor.restore(spec, saved).await?;
+        self.started(vm.as_ref())?;
+        let called = async {
+            let stream = agent::dial(&self.dir.vsock(), agent::AGENT_PORT).await?;
+            Agent::new(stream).await
+        };
+        let agent = tokio::select! {
+            called = tokio::time::timeout(CLONE_TIMEOUT, called) => {
+                called.map_err(|_| late(CLONE_TIMEOUT))??
+            }
+            ended = vm.wait() => return Err(gone(self.dir, &ended).into()),
+        };
+        self.timeline.mark("agent-ready");
+        Ok((vm, agent))
+    }
+
+    /// Boots a machine, whose agent calls.
+    async fn boot(
+        &mut self,
+        spec: VmSpec,
+        listener: &UnixListener,
+    ) -> Result<(Box<dyn Vm>, Agent), Error> {
+        let vm = self.hypervisor.boot(spec).await?;
+        self.started(vm.as_ref())?;
+        let agent = tokio::select! {
+            agent = first_call(listener) => agent?,
+            ended = vm.wait() => return Err(gone(self.dir, &ended).into()),
+        };
+        let started_us = started_us(vm.as_ref()).await;
+        self.timeline.ready(agent.ready().await?, started_us);
+        Ok((vm, agent))
+    }
+
+    fn started(&mut self, vm: &dyn Vm) -> Result<(), Error> {
+        self.timeline.mark("vm-started");
+        if let Some(vmm) = ProcessId::of(vm.pid()) {
+            self.state.vmm = vmm;
+        }
+        self.dir.write_state(&self.state)
+    }
+
+    /// Makes room for a second attempt.
+    fn clear(&self) -> Result<(), Error> {
+        let path = self.dir.vsock();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::host(format!("removing {}", path.display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What no two guests have in common, and what changes while one starts: drawn at the last moment.
+fn personalize(request: &mut SetUpSandboxRequest) -> Result<(), Error> {
+    let mut entropy = vec![0; 64];
+    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Error::host("drawing entropy for the guest", e))?;
+    request.entropy = entropy;
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    request.clock_ns = clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0));
+    Ok(())
+}
+
+fn late(limit: Duration) -> Error {
+    Error::state(
+        ErrorKind::DeadlineExceeded,
+        format!(
+            "waiting for the agent: it did not answer within {} s",
+            limit.as_secs()
+        ),
+    )
+}
+
+async fn first_call(listener: &UnixListener) -> Result<Agent, Error> {
+    let accepted = tokio::time::timeout(BOOT_TIMEOUT, listener.accept()).await;
+    match accepted {
+        Ok(Ok((stream, _))) => Agent::new(stream).await,
+        Ok(Err(e)) => Err(Error::host("accepting the agent's call", e)),
+        Err(_) => Err(late(BOOT_TIMEOUT)),
+    }
+}
+
+/// When the first guest instruction ran, for the timeline; 0 if the VMM does not say.
+async fn started_us(vm: &dyn Vm) -> u64 {
+    vm.stats().await.map_or(0, |stats| stats.started_us)
+}
+
+pub(super) fn gone(dir: &SandboxDir, ended: &hypervisor::Ended) -> hypervisor::Error {
+    hypervisor::Error::Gone {
+        id: dir.id().to_owned(),
+        message: ended.message.clone(),
+    }
+}
+
+/// Takes the interfaces of a network namespace for the guest: their descriptors, and what the agent is told of them.
+async fn connect(
+    dir: &SandboxDir,
+    netns: &Path,
+    request: &mut SetUpSandboxRequest,
+) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
+    // The path must mean the same to whoever cleans up.
+    let netns = std::path::absolute(netns)
+        .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
+    let network = Network::open(&netns).await?;
+    dir.write_network(&network.joints)?;
+    let entrance = network.join().await?;
+    request.interfaces = network.interfaces;
+    request.routes = network.routes;
+    request.neighbors = network.neighbors;
+    Ok((network.nics, entrance))
+}
+
+fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
+    VmSpec {
+        id: dir.id().to_owned(),
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+        vmm: paths.vmm(),
+        kernel: paths.kernel(),
+        initrd: paths.initrd(),
+        cmdline: spec.cmdline,
+        share: dir.share(),
+        sockets: dir.sockets(),
+        vsock: dir.vsock(),
+        console: spec.console,
+        spare_slots: 0,
+        nics,
+    }
+}
+
+fn set_up_request(spec: &SandboxSpec) -> SetUpSandboxRequest {
+    SetUpSandboxRequest {
+        hostname: spec.hostname.clone(),
+        sysctls: spec.sysctls.clone(),
+        mounts: vec![Mount {
+            source: "share".into(),
+            destination: GUEST_SHARE.into(),
+            fstype: "virtiofs".into(),
+            ..Default::default()
+        }],
+        resolv_conf: spec.resolv_conf.clone(),
+        ..Default::default()
+    }
+}
