@@ -74,33 +74,16 @@ pub(super) async fn bring_up(
         created: state::now(),
     };
     let found = Found::look(paths, hypervisor, &spec);
-    let (vm_spec, mut template) = (vm_spec(paths, dir, spec, nics), found.template_use());
+    let vm_spec = vm_spec(paths, dir, spec, nics);
     let mut start = Start {
         dir,
         hypervisor,
         timeline,
         state,
     };
-    let cloned = match found {
-        Found::Template(key, shape, saved) => match start.clone_from(&vm_spec, &saved).await {
-            Ok(cloned) => Some(cloned),
-            Err(error) => {
-                tracing::warn!(
-                    "cloning template {}: {error}; booting instead",
-                    key.as_str()
-                );
-                discard(paths, &key, &error);
-                template = TemplateUse::Wanted(shape);
-                start.clear()?;
-                None
-            }
-        },
-        _ => None,
-    };
-    let (vm, agent) = match cloned {
-        Some(cloned) => cloned,
-        None => start.boot(vm_spec, &listener).await?,
-    };
+    let (vm, agent, template) = start
+        .clone_or_boot(paths, found, vm_spec, &listener)
+        .await?;
     personalize(&mut request)?;
     agent
         .client()
@@ -146,14 +129,6 @@ impl Found {
             }
         }
     }
-
-    fn template_use(&self) -> TemplateUse {
-        match self {
-            Self::Template(..) => TemplateUse::Cloned,
-            Self::Missing(shape) => TemplateUse::Wanted(shape.clone()),
-            Self::Nothing => TemplateUse::Unused,
-        }
-    }
 }
 
 /// A template that cannot be used is in the way of one that can, unless it is the host that lacks something.
@@ -176,6 +151,32 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
+    /// A clone, if there is a template that serves; a booted machine otherwise.
+    async fn clone_or_boot(
+        &mut self,
+        paths: &Paths,
+        found: Found,
+        spec: VmSpec,
+        listener: &UnixListener,
+    ) -> Result<(Box<dyn Vm>, Agent, TemplateUse), Error> {
+        let template = match found {
+            Found::Template(key, shape, saved) => match self.clone_from(&spec, &saved).await {
+                Ok((vm, agent)) => return Ok((vm, agent, TemplateUse::Cloned)),
+                Err(error) => {
+                    let key_text = key.as_str();
+                    tracing::warn!("cloning template {key_text}: {error}; booting instead");
+                    discard(paths, &key, &error);
+                    self.clear()?;
+                    TemplateUse::Wanted(shape)
+                }
+            },
+            Found::Missing(shape) => TemplateUse::Wanted(shape),
+            Found::Nothing => TemplateUse::Unused,
+        };
+        let (vm, agent) = self.boot(spec, listener).await?;
+        Ok((vm, agent, template))
+    }
+
     /// Restores the saved machine, and calls the agent that waits in it.
     async fn clone_from(
         &mut self,

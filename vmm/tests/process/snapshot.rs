@@ -165,18 +165,14 @@ fn a_machine_goes_on_in_other_processes_where_it_was_saved() {
     }
 }
 
-#[test]
-fn snapshots_that_do_not_fit_are_refused_with_the_reason() {
-    let _alone = alone();
-    let Some(mut first) = counting_machine(1) else {
-        return;
-    };
-    let saved = snapshot_past(&mut first, 1);
-    stop(first);
-    type Change = fn(&mut Given);
+/// What is asked for differently.
+type Change = fn(&mut Given);
+
+/// What does not fit, with the kind and a word of the refusal.
+fn misfits(saved: &Saved) -> Vec<(Saved, Change, ErrorKind, &'static str)> {
     let altered = |at: usize| saved.with_state(|bytes| bytes[at] ^= 1);
     let same = || saved.with_state(|_| {});
-    let cases: Vec<(Saved, Change, ErrorKind, &str)> = vec![
+    vec![
         (altered(0), |_| {}, INVALID, "no state file"),
         (altered(8), |_| {}, INVALID, "format"),
         (altered(200), |_| {}, INVALID, "altered"),
@@ -228,7 +224,18 @@ fn snapshots_that_do_not_fit_are_refused_with_the_reason() {
             INVALID,
             "console",
         ),
-    ];
+    ]
+}
+
+#[test]
+fn snapshots_that_do_not_fit_are_refused_with_the_reason() {
+    let _alone = alone();
+    let Some(mut first) = counting_machine(1) else {
+        return;
+    };
+    let saved = snapshot_past(&mut first, 1);
+    stop(first);
+    let cases = misfits(&saved);
     for (saved, change, kind, text) in cases {
         let mut vmm = Vmm::start().unwrap();
         let mut given = saved.given(&vmm);
