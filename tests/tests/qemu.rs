@@ -54,7 +54,11 @@ fn there_is_no_qemu() {
     );
     refused(&host, "no-such-qemu", &["no-such-qemu", "qemu-system-x86"]);
     let directory = host.path("");
-    refused(&host, directory.to_str().unwrap(), &["starting", "denied"]);
+    refused(
+        &host,
+        directory.to_str().unwrap(),
+        &["looking for QEMU", "no file"],
+    );
 }
 
 #[test]
@@ -240,7 +244,8 @@ fn qemu_is_jailed() {
     }
     let pss = own_pss_kib(qemu);
     println!("QEMU, its guest's memory apart: {pss} KiB");
-    assert!(pss < 50_000, "{pss} KiB");
+    // Its program, the guest's kernel and image, which other machines share with it, are half of it.
+    assert!(pss < 64_000, "{pss} KiB");
     host.cella(&["kill", "c", "KILL"]).expect_status(0);
     finish(child, b"").expect_status(128 + 9);
     host.assert_clean();

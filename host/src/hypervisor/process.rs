@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Start, Stats, StopReason, reply, request};
+use cella_proto::vmm::{Configure, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
@@ -38,11 +38,7 @@ pub(super) struct VmmProcess {
     channel: Channel,
     pid: u32,
     pidfd: OwnedFd,
-    explain: Option<Explain>,
 }
-
-/// Says more of a failure than the VMM knows.
-pub(super) type Explain = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 #[async_trait]
 impl Vm for VmmProcess {
@@ -77,13 +73,7 @@ impl Vm for VmmProcess {
     }
 
     async fn wait(&self) -> Ended {
-        let mut ended = self.channel.ended().await;
-        if ended.reason == StopReason::STOP_REASON_FAILURE
-            && let Some(why) = self.explain.as_ref().and_then(|explain| explain())
-        {
-            ended.message = why;
-        }
-        ended
+        self.channel.ended().await
     }
 
     async fn stats(&self) -> Result<Stats, Error> {
@@ -173,17 +163,10 @@ pub(super) fn spawn(
         channel,
         pid,
         pidfd,
-        explain: None,
     })
 }
 
 impl VmmProcess {
-    /// Has [`Vm::wait`] ask `explain` when the machine has failed.
-    pub(super) fn explain_with(mut self, explain: Explain) -> Self {
-        self.explain = Some(explain);
-        self
-    }
-
     /// Has the VMM make its machine, of `configure` with `fds`, and run it.
     pub(super) async fn start(
         &self,

@@ -11,32 +11,13 @@ use std::time::Duration;
 use cella_vmm::device::Device;
 use cella_vmm::device::net::Net;
 use cella_vmm::device::testing::MockDriver;
+use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 const STEPS: usize = 64;
 const LARGEST: usize = 65562;
 const RX: usize = 0;
 const TX: usize = 1;
-
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&byte, rest)) => {
-                self.0 = rest;
-                byte
-            }
-            None => 0,
-        }
-    }
-
-    fn take(&mut self, len: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-}
 
 fn step(driver: &mut MockDriver<Net>, far: &mut std::fs::File, input: &mut Input<'_>) -> bool {
     let kind = input.byte();
@@ -67,7 +48,8 @@ fn step(driver: &mut MockDriver<Net>, far: &mut std::fs::File, input: &mut Input
         }
         _ => driver.kick(queue),
     };
-    done.and_then(|()| driver.run_events(Duration::ZERO)).is_ok()
+    done.and_then(|()| driver.run_events(Duration::ZERO))
+        .is_ok()
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -82,7 +64,7 @@ fuzz_target!(|data: &[u8]| {
     let mut driver = MockDriver::with_features(device, features);
     let mut frame = vec![0; 1 << 17];
     for _ in 0..STEPS {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         if !step(&mut driver, &mut far, &mut input) {

@@ -170,7 +170,7 @@ fn the_process_has_given_everything_up() {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
         check_status(&status);
     }
-    assert_eq!(threads, 4);
+    assert_eq!(threads, 5);
 
     let mut open: Vec<String> = fs::read_dir(format!("{process}/fd"))
         .unwrap()
@@ -454,7 +454,7 @@ fn closing_the_jail_is_cheap() {
         .lines()
         .filter(|line| line.contains("Rss") || line.starts_with("VmRSS"))
     {
-        println!("four confined threads: {line}");
+        println!("five confined threads: {line}");
     }
     probe.go();
     assert_eq!(probe.end().code, Some(0));

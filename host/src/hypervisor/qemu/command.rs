@@ -31,83 +31,100 @@ pub(super) struct Line {
 impl Line {
     /// QEMU's arguments for the machine of `spec`.
     pub(super) fn arguments(&self, spec: &VmSpec) -> Vec<String> {
-        let mib = spec.memory_bytes >> 20;
-        let serial = match self.console {
-            Some(_) => "on",
-            None => "off",
-        };
-        let mut arguments = Vec::new();
-        let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
         let name = format!("cella-{}", spec.id.replace(',', "_"));
-        add(&["-name", &name]);
-        add(&[
+        let kernel = self.kernel_words(spec);
+        let mut line: Vec<String> = [
+            "-name",
+            &name,
             "-nodefaults",
             "-no-user-config",
             "-no-reboot",
             "-display",
             "none",
-        ]);
-        add(&[
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        ]);
-        add(&[
-            "-M",
-            &format!(
-                "microvm,acpi=off,x-option-roms=off,isa-serial={serial},memory-backend=memory"
-            ),
-        ]);
-        add(&["-accel", "tcg,tb-size=8", "-cpu", "max,-erms,-fsrm"]);
-        add(&["-m", &format!("{mib}M"), "-smp", &spec.vcpus.to_string()]);
-        add(&[
-            "-object",
-            &format!("memory-backend-memfd,id=memory,size={mib}M,share=on,seal=on"),
-        ]);
-        add(&["-global", "virtio-mmio.force-legacy=false"]);
-        add(&["-chardev", &format!("socket,id=vsock,fd={}", self.vsock_fd)]);
-        add(&["-device", "vhost-user-vsock-device,chardev=vsock"]);
-        add(&["-chardev", &format!("socket,id=share,fd={}", self.share_fd)]);
-        add(&[
-            "-device",
-            &format!("vhost-user-fs-device,chardev=share,tag={SHARE_TAG},queue-size=512"),
-        ]);
-        add(&["-object", "rng-builtin,id=entropy"]);
-        add(&["-device", "virtio-rng-device,rng=entropy"]);
-        for word in self.interfaces(spec) {
-            add(&[&word]);
-        }
-        match self.console {
-            Some(Console::File(fd)) => {
-                add(&["-add-fd", &format!("fd={fd},set=1")]);
-                add(&["-chardev", "file,id=console,path=/dev/fdset/1,append=on"]);
-                add(&["-serial", "chardev:console"]);
-            }
-            Some(Console::Socket(fd)) => {
-                add(&["-chardev", &format!("socket,id=console,fd={fd}")]);
-                add(&["-serial", "chardev:console"]);
-            }
-            None => {}
-        }
-        add(&["-kernel", "/kernel", "-initrd", "/initrd"]);
-        add(&["-append", &self.kernel_words(spec)]);
-        arguments
+        ]
+        .map(str::to_owned)
+        .into();
+        line.extend(self.machine(spec));
+        line.extend(self.devices(spec));
+        line.extend(self.console());
+        let boot = [
+            "-kernel", "/kernel", "-initrd", "/initrd", "-append", &kernel,
+        ];
+        line.extend(boot.map(str::to_owned));
+        line
     }
 
-    /// QEMU's own network devices on the taps that it inherits.
-    fn interfaces(&self, spec: &VmSpec) -> Vec<String> {
-        let nics = (self.first_nic_fd..).zip(&spec.nics);
-        nics.flat_map(|(fd, nic)| {
+    fn machine(&self, spec: &VmSpec) -> Vec<String> {
+        let mib = spec.memory_bytes >> 20;
+        let serial = match self.console {
+            Some(_) => "on",
+            None => "off",
+        };
+        vec![
+            "-M".into(),
+            format!("microvm,acpi=off,x-option-roms=off,isa-serial={serial},memory-backend=memory"),
+            "-accel".into(),
+            "tcg,tb-size=8".into(),
+            "-cpu".into(),
+            "max,-erms,-fsrm".into(),
+            "-m".into(),
+            format!("{mib}M"),
+            "-smp".into(),
+            spec.vcpus.to_string(),
+            "-object".into(),
+            format!("memory-backend-memfd,id=memory,size={mib}M,share=on,seal=on"),
+            "-global".into(),
+            "virtio-mmio.force-legacy=false".into(),
+        ]
+    }
+
+    fn devices(&self, spec: &VmSpec) -> Vec<String> {
+        let mut line = vec![
+            "-chardev".into(),
+            format!("socket,id=vsock,fd={}", self.vsock_fd),
+            "-device".into(),
+            "vhost-user-vsock-device,chardev=vsock".into(),
+            "-chardev".into(),
+            format!("socket,id=share,fd={}", self.share_fd),
+            "-device".into(),
+            format!("vhost-user-fs-device,chardev=share,tag={SHARE_TAG},queue-size=512"),
+            "-object".into(),
+            "rng-builtin,id=entropy".into(),
+            "-device".into(),
+            "virtio-rng-device,rng=entropy".into(),
+        ];
+        for (fd, nic) in (self.first_nic_fd..).zip(&spec.nics) {
             let [a, b, c, d, e, f] = nic.mac;
             let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
             let mtu = nic.mtu;
-            [
-                "-netdev".to_owned(),
+            line.extend([
+                "-netdev".into(),
                 format!("tap,id=net{fd},fd={fd},vhost=off"),
-                "-device".to_owned(),
+                "-device".into(),
                 format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
-            ]
-        })
-        .collect()
+            ]);
+        }
+        line
+    }
+
+    fn console(&self) -> Vec<String> {
+        let serial = ["-serial".into(), "chardev:console".into()];
+        let mut line: Vec<String> = match self.console {
+            Some(Console::File(fd)) => vec![
+                "-add-fd".into(),
+                format!("fd={fd},set=1"),
+                "-chardev".into(),
+                "file,id=console,path=/dev/fdset/1,append=on".into(),
+            ],
+            Some(Console::Socket(fd)) => {
+                vec!["-chardev".into(), format!("socket,id=console,fd={fd}")]
+            }
+            None => return Vec::new(),
+        };
+        line.extend(serial);
+        line
     }
 
     fn kernel_words(&self, spec: &VmSpec) -> String {

@@ -7,9 +7,11 @@
 //! | --- | --- |
 //! | `clock` | the frequency of the host's time stamp counter, which the guest must be told |
 //! | `command` | QEMU's command line |
+//! | `memory` | what QEMU's process has resident |
 
 mod clock;
 mod command;
+mod memory;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -20,14 +22,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Vsock, device};
+use cella_proto::vmm::{Configure, Device, Fs, Stats, StopReason, Vsock, device};
 
 use self::command::Console;
 use super::process::{self, FIRST_FD, GUEST_CID, SHARE_TAG, VmmProcess, open};
-use super::{Error, Hypervisor, Vm, VmSpec};
+use crate::error::ErrorKind;
+
+use super::{Ended, Error, Hypervisor, Vm, VmSpec};
 
 /// The oldest QEMU that has all that is asked of it: `acpi=off` of microvm, vhost-user-vsock, memory-backend.
 const OLDEST: (u32, u32) = (5, 2);
+
+/// microvm has eight slots for devices, of which vsock, the shared directory and entropy take one each.
+const MAX_NICS: usize = 5;
 
 /// The hypervisor of this module.
 #[derive(Clone, Debug)]
@@ -88,20 +95,74 @@ impl Hypervisor for Qemu {
     }
 
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
+        if spec.nics.len() > MAX_NICS {
+            return Err(Error::Refused {
+                id: spec.id,
+                kind: ErrorKind::InvalidArgument,
+                message: format!(
+                    "QEMU's microvm has room for {MAX_NICS} network interfaces, not {}",
+                    spec.nics.len()
+                ),
+            });
+        }
         open("opening the guest kernel", &spec.kernel)?;
         open("opening the guest image", &spec.initrd)?;
         let (vm, configure, fds) = self.spawn(&spec)?;
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         match vm.start(configure, &fds).await {
-            Ok(()) => {
-                // It may be too old for its command line: that says more than what it complains of.
-                let qemu = self.clone();
-                let explain = move || qemu.version().err().map(|error| error.to_string());
-                Ok(Box::new(vm.explain_with(Box::new(explain))))
-            }
+            Ok(()) => Ok(Box::new(QemuVm {
+                process: vm,
+                qemu: self.clone(),
+            })),
             Err(error @ Error::Gone { .. }) => Err(self.version().err().unwrap_or(error)),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// A running cella-vmm with a QEMU beside it.
+struct QemuVm {
+    process: VmmProcess,
+    qemu: Qemu,
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.process.pause().await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.process.resume().await
+    }
+
+    async fn stop(&self) -> Result<(), Error> {
+        self.process.stop().await
+    }
+
+    async fn wait(&self) -> Ended {
+        let mut ended = self.process.wait().await;
+        // It may be too old for its command line: that says more than what it complained of.
+        if ended.reason == StopReason::STOP_REASON_FAILURE
+            && let Err(why) = self.qemu.version()
+        {
+            ended.message = why.to_string();
+        }
+        ended
+    }
+
+    async fn stats(&self) -> Result<Stats, Error> {
+        let mut stats = self.process.stats().await?;
+        // QEMU's memory is part of the price; the guest's memory is what QEMU has of it.
+        if let Some(qemu) = memory::of_companion(self.pid()) {
+            stats.rss_kib = stats.rss_kib.saturating_add(qemu.own_kib);
+            stats.guest_rss_kib = qemu.guest_kib;
+        }
+        Ok(stats)
     }
 }
 
@@ -199,7 +260,11 @@ fn resolve(program: &Path) -> Result<PathBuf, Error> {
     };
     let found = found.ok_or_else(|| missing(io::ErrorKind::NotFound.into()))?;
     rustix::fs::access(&found, rustix::fs::Access::EXEC_OK).map_err(|e| missing(e.into()))?;
-    found.canonicalize().map_err(missing)
+    let found = found.canonicalize().map_err(missing)?;
+    match found.is_file() {
+        true => Ok(found),
+        false => Err(missing(io::Error::other("it is no file"))),
+    }
 }
 
 /// The two leading numbers of `QEMU emulator version 7.2.22 (...)`.

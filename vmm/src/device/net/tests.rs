@@ -274,6 +274,47 @@ fn reset_gives_everything_back_and_a_second_driver_starts_anew() {
 }
 
 #[test]
+fn between_calls_the_device_holds_no_chain() {
+    let mut cable = Cable::new();
+    for _ in 0..4 {
+        cable.driver.request(RX, &[], &[1000]);
+    }
+    cable.driver.kick(RX).unwrap();
+    cable.arrives(&frame(60));
+    cable.run();
+    let used = cable.driver.used(RX).len() as u16;
+    let resources = cable.driver.device.reset().unwrap();
+    let queue = &resources.queues[RX];
+    assert_eq!((used, queue.next_avail(), queue.next_used()), (1, 1, 1));
+}
+
+#[test]
+fn a_driver_that_goes_on_from_a_snapshot_need_not_kick() {
+    let mut cable = Cable::new();
+    cable.driver.request(RX, &[], &[2000]);
+    let mut saved = Vec::new();
+    let device = &mut cable.driver.device;
+    device.snapshot(SnapshotStep::Save(&mut saved)).unwrap();
+    device.snapshot(SnapshotStep::Restore(&saved)).unwrap();
+    cable.arrives(&frame(60));
+    cable.run();
+    assert_eq!(cable.driver.used(RX).len(), 1);
+}
+
+#[test]
+fn chains_among_good_ones_that_are_not_fit_are_passed_over() {
+    let mut cable = Cable::new();
+    cable.driver.request(RX, &[], &[1000]);
+    cable.driver.request(RX, &[&[1; 64]], &[]);
+    cable.driver.request(RX, &[], &[1000]);
+    cable.driver.kick(RX).unwrap();
+    cable.arrives(&frame(1200));
+    cable.run();
+    let lens: Vec<_> = cable.driver.used(RX).iter().map(|used| used.len).collect();
+    assert_eq!(lens, [1000, 0, 212]);
+}
+
+#[test]
 fn chains_of_the_wrong_kind_or_place_carry_nothing() {
     let mut cable = Cable::new();
     let outside = [REGIONS[0].1 as u64 - 8, REGIONS[1].0 - 8, u64::MAX - 8];
