@@ -221,7 +221,8 @@ impl Pod {
         let exited = match exit {
             Ok(exit) => Exited {
                 status: exit.exit_status,
-                at: exit.exited_at_ns,
+                // Not the guest's clock, which may be behind: nothing ends before it began.
+                at: now_ns(),
             },
             Err(error) => {
                 tracing::warn!("container {} {}: {error}", container.id, process.exec);
