@@ -11,7 +11,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     protobuf_codegen::Codegen::new()
         .pure()
         .out_dir(&vmm)
-        .inputs(["proto/vmm.proto", "proto/snapshot.proto"])
+        .inputs([
+            "proto/vmm.proto",
+            "proto/pod_sandbox.proto",
+            "proto/snapshot.proto",
+        ])
         .include("proto")
         .customize(protobuf_codegen::Customize::default().gen_mod_rs(true))
         .run()?;

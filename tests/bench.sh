@@ -3,11 +3,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p target/bench
-if [ ! -w /dev/kvm ]; then
+measure() {
+    for what in memory start exec stdio; do
+        echo "== $what on $1"
+        target/release/cella bench "$what" --hypervisor "$1" --memory 128M --json | tee "target/bench/$what$2.json"
+    done
+}
+if [ -w /dev/kvm ]; then
+    measure kvm ""
+else
     echo "SKIPPED: no usable /dev/kvm"
-    exit 0
 fi
-for what in memory start exec stdio; do
-    echo "== $what"
-    target/release/cella bench "$what" --memory 128M --json | tee "target/bench/$what.json"
-done
+if command -v qemu-system-x86_64 > /dev/null; then
+    measure qemu -qemu
+else
+    echo "SKIPPED: no QEMU (qemu-system-x86)"
+fi

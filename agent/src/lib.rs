@@ -7,6 +7,7 @@
 pub mod container;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod guest;
 pub mod icount;
 pub mod info;

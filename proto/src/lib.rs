@@ -15,6 +15,8 @@
 mod vmm_generated {
     include!(concat!(env!("OUT_DIR"), "/vmm/mod.rs"));
 }
+/// Messages of `pod_sandbox.proto`.
+pub use vmm_generated::pod_sandbox;
 /// Messages of `snapshot.proto`, the content of a snapshot's state file.
 pub use vmm_generated::snapshot;
 /// Messages of `vmm.proto`.

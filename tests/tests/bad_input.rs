@@ -211,7 +211,7 @@ fn options_that_make_no_sense() {
         (&["run", "--name", "../x"], "../x"),
         (&["run", "--pod", "a/b"], "a/b"),
         (&["run", "-i", "-d"], "-d"),
-        (&["run", "--netns", "/x"], "--netns"),
+        (&["run", "--netns", "/x"], "network namespace /x"),
     ];
     for (args, word) in cases {
         let args: Vec<_> = args

@@ -12,6 +12,8 @@
 #[path = "common/kernel.rs"]
 #[macro_use]
 mod kernel;
+#[path = "process/companion.rs"]
+mod companion;
 #[path = "process/configure.rs"]
 mod configure;
 #[path = "process/disk.rs"]
@@ -65,6 +67,12 @@ fn the_command_line_is_explained_and_checked() {
         (all.replace("--uid 1", "--uid x"), "not a number"),
         (all.replace("--gid 1", ""), "--gid is missing"),
         (format!("{all} --pid-fd 0"), "--pid-fd 0"),
+        (format!("{all} --companion-fd 5"), "after --companion"),
+        (
+            format!("{all} --companion x --companion-fd 1"),
+            "--companion-fd 1",
+        ),
+        (format!("{all} -- x"), "after --companion"),
     ] {
         let words: Vec<&str> = arguments.split_whitespace().collect();
         let (success, text) = run(&words);

@@ -48,7 +48,7 @@ pub(super) struct Parts {
     /// The attached device program.
     pub filter: Option<Program>,
     pub plan: InitPlan,
-    pub seccomp: Option<SeccompPlan>,
+    pub seccomp: Option<Arc<SeccompPlan>>,
     pub personality: Option<u64>,
     pub hooks: oci::Hooks,
     pub annotations: Option<HashMap<String, String>>,

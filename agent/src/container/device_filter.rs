@@ -1,12 +1,12 @@
 //! The device filter: the spec's rules as a BPF program on the container's cgroup, which the kernel asks at each
 //! mknod and open of a device.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
+use super::kept::Kept;
 use super::sys;
 use super::{Error, Result};
 
@@ -55,7 +55,7 @@ impl Rule {
 /// A BPF instruction, struct bpf_insn: opcode, registers (destination in the low nibble), offset, immediate.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
+pub(super) struct Instruction {
     code: u8,
     registers: u8,
     offset: i16,
@@ -117,7 +117,7 @@ impl DeviceFilter {
             // Everything is allowed from now on.
             (None, Some(_)) => &vec![move_immediate(0, 1), exit()],
         };
-        let new = programs.get(program)?;
+        let new = programs.get(program.as_slice(), || load(program).map(Arc::new))?;
         if !old.is_some_and(|old| Arc::ptr_eq(old, &new)) {
             attach(cgroup, &new, old.map(Arc::as_ref))?;
         }
@@ -128,41 +128,8 @@ impl DeviceFilter {
 /// A program that the kernel has taken.
 pub(super) type Program = Arc<OwnedFd>;
 
-/// Programs that are kept for the next containers of the same rules, as the other containers of a pod are, or the same
-/// one after a crash: the kernel's verifier takes long over each.
-#[derive(Debug, Default)]
-pub(super) struct Programs(Mutex<VecDeque<(Vec<Instruction>, Program)>>);
-
-impl Programs {
-    /// How many, the last used first.
-    const KEPT: usize = 4;
-
-    /// The loaded program of these instructions.
-    fn get(&self, instructions: &[Instruction]) -> std::io::Result<Program> {
-        if let Some(program) = self.find(instructions) {
-            return Ok(program);
-        }
-        // Without the lock: a container of other rules shall not wait for the verifier.
-        let program = Arc::new(load(instructions)?);
-        let mut kept = self.kept();
-        kept.push_front((instructions.to_vec(), Arc::clone(&program)));
-        kept.truncate(Self::KEPT);
-        Ok(program)
-    }
-
-    fn find(&self, instructions: &[Instruction]) -> Option<Program> {
-        let mut kept = self.kept();
-        let position = kept.iter().position(|(of, _)| of == instructions)?;
-        let entry = kept.remove(position)?;
-        let program = Arc::clone(&entry.1);
-        kept.push_front(entry);
-        Some(program)
-    }
-
-    fn kept(&self) -> MutexGuard<'_, VecDeque<(Vec<Instruction>, Program)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// Programs that the kernel's verifier need not look at again, which takes it long.
+pub(super) type Programs = Kept<Vec<Instruction>, Program>;
 
 fn parse(rule: &LinuxDeviceCgroup) -> Result<Rule> {
     let field = "linux.resources.devices";

@@ -19,6 +19,7 @@ mod error;
 mod exec;
 mod hooks;
 mod init;
+mod kept;
 mod life;
 mod mounts;
 pub mod namespaces;

@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use oci_spec::runtime as oci;
 
@@ -82,7 +83,7 @@ pub(super) struct ProcessPlan {
     umask: u32,
     capabilities: CapabilityPlan,
     no_new_privileges: bool,
-    seccomp: Option<SeccompPlan>,
+    seccomp: Option<Arc<SeccompPlan>>,
     /// Resource, soft, hard.
     rlimits: Vec<(i32, u64, u64)>,
     pub oom_score_adj: Option<CString>,
@@ -95,7 +96,7 @@ impl ProcessPlan {
     /// Computes it. `own_binary` is what /proc/self/exe of the agent is.
     pub(super) fn new(
         process: &oci::Process,
-        seccomp: Option<SeccompPlan>,
+        seccomp: Option<Arc<SeccompPlan>>,
         personality: Option<u64>,
         own_binary: (u64, u64),
         stdio: Stdio,

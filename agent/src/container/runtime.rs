@@ -17,7 +17,7 @@ use super::namespaces::{IdMaps, NamespacePlan, SharedNamespaces};
 use super::plan::init_plan;
 use super::process::ProcessPlan;
 use super::report::Message;
-use super::seccomp::SeccompPlan;
+use super::seccomp::{Filters, SeccompPlan};
 use super::spawn::{self, Birth, Child};
 use super::{Error, Result, terminal, translate, validate};
 use crate::reaper::{Ending, Reaper};
@@ -49,6 +49,7 @@ pub(super) struct Common {
     pub own_binary: (u64, u64),
     pub reaper: Arc<Reaper>,
     pub programs: Programs,
+    pub filters: Filters,
 }
 
 /// Makes containers. The guest must have /proc, /sys and a cgroup2 mount, and /dev with the standard devices.
@@ -111,6 +112,7 @@ impl Runtime {
                 own_binary,
                 reaper,
                 programs: Programs::default(),
+                filters: Filters::default(),
             }),
             hierarchy,
         })
@@ -130,7 +132,7 @@ impl Runtime {
         let parts = validate::spec(spec)?;
         let linux = parts.linux;
         let namespaces = NamespacePlan::new(linux, shared)?;
-        let seccomp = linux.seccomp().as_ref().map(SeccompPlan::new).transpose()?;
+        let seccomp = self.seccomp(linux)?;
         let personality = linux
             .personality()
             .as_ref()
@@ -186,6 +188,15 @@ impl Runtime {
             ending,
             terminal,
         })
+    }
+
+    /// The system call filter, if there is to be one.
+    fn seccomp(&self, linux: &oci::Linux) -> Result<Option<Arc<SeccompPlan>>> {
+        let filter_of = |rules: &oci::LinuxSeccomp| {
+            let compile = || SeccompPlan::new(rules).map(Arc::new);
+            self.common.filters.get(rules, compile)
+        };
+        linux.seccomp().as_ref().map(filter_of).transpose()
     }
 
     /// Makes the init and brings it to where it waits for its start.

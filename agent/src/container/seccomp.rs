@@ -1,6 +1,7 @@
 //! The system call filter: the spec's rules, compiled by libseccomp to a BPF program before the process exists.
 
 use std::io::{Read, Seek};
+use std::sync::Arc;
 
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -10,6 +11,7 @@ use oci_spec::runtime::{
     LinuxSeccompOperator, LinuxSyscall,
 };
 
+use super::kept::Kept;
 use super::{Error, Result};
 
 /// Length of struct sock_filter.
@@ -40,9 +42,23 @@ where
     }
 }
 
+/// Filters that need not be compiled again.
+pub(super) type Filters = Kept<LinuxSeccomp, Arc<SeccompPlan>>;
+
 impl SeccompPlan {
     /// Compiles the spec's rules.
     pub(super) fn new(spec: &LinuxSeccomp) -> Result<Self> {
+        let compiled = Self::compile(spec);
+        // The compiler needs a megabyte for hundreds of rules, which the guest is to have back.
+        // SAFETY: gives free memory of the C library back.
+        #[cfg(target_env = "gnu")]
+        unsafe {
+            libc::malloc_trim(0);
+        }
+        compiled
+    }
+
+    fn compile(spec: &LinuxSeccomp) -> Result<Self> {
         if spec.listener_path().is_some() {
             return Err(Error::unsupported(
                 "linux.seccomp.listenerPath",

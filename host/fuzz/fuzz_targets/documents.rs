@@ -107,8 +107,8 @@ fuzz_target!(|data: &[u8]| {
         ..SpecOptions::default()
     };
     let used = store.prepare(&reference).and_then(|image| {
-        stop_signal(&image)?;
         let spec = for_image(&image, &options, &rootfs)?;
+        stop_signal(&spec)?;
         make_directories(&image, &spec, &rootfs)
     });
     if let Err(error) = used {

@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::{Context, Error};
 use crate::config::Config;
-use crate::hypervisor::kvm;
+use crate::hypervisor::qemu::Qemu;
+use crate::hypervisor::{choose, kvm};
 
 /// Show what this host can do; exit 0 only if a sandbox can run
 #[derive(Debug, clap::Args)]
@@ -59,8 +60,10 @@ fn items(context: &Context) -> Vec<Item> {
     let paths = &context.paths;
     vec![
         result("root", true, root()),
-        result("/dev/kvm", true, kvm_item()),
+        result("hypervisor", true, hypervisor(context)),
+        result("kvm", false, kvm_item()),
         hardware(),
+        result("qemu", false, qemu(&paths.qemu)),
         file("VMM", &paths.vmm()),
         file("guest kernel", &paths.kernel()),
         file("guest image", &paths.initrd()),
@@ -91,10 +94,34 @@ fn root() -> Result<String, String> {
     }
 }
 
+/// What the configured choice leads to, and why.
+fn hypervisor(context: &Context) -> Result<String, String> {
+    let config = Config::load(&context.paths).map_err(|e| e.to_string())?;
+    let chosen = choose(&config.hypervisor, &context.paths.qemu);
+    let chosen = chosen.map_err(|e| e.to_string())?;
+    let name = chosen.hypervisor.name();
+    Ok(match (config.hypervisor.as_str(), chosen.warning) {
+        ("auto", Some(why)) => format!(
+            "{name} by \"auto\": {why}; better: a machine with VT-x or SVM (or nested virtualization) and its kvm module"
+        ),
+        ("auto", None) => format!("{name} by \"auto\": /dev/kvm can be used"),
+        _ => format!("{name}, as configured"),
+    })
+}
+
 fn kvm_item() -> Result<String, String> {
     kvm::open_kvm()
-        .map(|_| "can be opened".into())
+        .map(|_| "/dev/kvm can be opened".into())
         .map_err(|e| e.to_string())
+}
+
+fn qemu(program: &Path) -> Result<String, String> {
+    let found = Qemu::find(program).map_err(|e| e.to_string())?;
+    let version = found.version().map_err(|e| e.to_string())?;
+    Ok(format!(
+        "{} ({version}), software emulation for hosts without KVM: slow, and no security boundary",
+        found.program().display()
+    ))
 }
 
 /// Where the CPU shows neither VT-x nor SVM, KVM works, but it emulates the guest's kernel.

@@ -11,8 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Snapshot, Stats};
-use cella_proto::vmm::{Start, reply, request};
+use cella_proto::vmm::{Configure, Snapshot, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;

@@ -10,6 +10,7 @@
 //! | `facts` | what a namespace has |
 //! | `tap` | the other end of the guest's interface |
 //! | `redirect` | how the two are joined |
+//! | `steer` | how connections made inside of the namespace are caught |
 //!
 //! A thread belongs to a namespace: all of this happens on threads made for it, never on one that runs anything else.
 
@@ -17,12 +18,15 @@ mod error;
 mod facts;
 mod netlink;
 mod redirect;
+mod steer;
 mod tap;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -68,6 +72,13 @@ pub struct Joints {
     pub interfaces: Vec<(String, u32)>,
 }
 
+/// Where TCP connections arrive that are made inside of the namespace. Dropping it closes it.
+#[derive(Debug)]
+pub struct Entrance {
+    listener: TcpListener,
+    _link: OwnedFd,
+}
+
 impl Network {
     /// Reads the namespace at `netns` as it is now and makes a tap for each interface. Dropping the result undoes it.
     ///
@@ -104,11 +115,12 @@ impl Network {
         .await
     }
 
-    /// Joins the interfaces and their taps. Undo it by [`Joints::undo`].
+    /// Joins the interfaces and their taps, and opens the entrance for whoever connects inside of the namespace, if
+    /// this host's kernel can. Undo it by [`Joints::undo`].
     ///
     /// # Errors
     /// The kernel refused; what was joined until then is to be undone.
-    pub async fn join(&self) -> Result<(), Error> {
+    pub async fn join(&self) -> Result<Option<Entrance>, Error> {
         let joints = self.joints.clone();
         inside_async(&self.joints.netns, move |netns, netlink| {
             for (name, tap) in &joints.interfaces {
@@ -122,9 +134,42 @@ impl Network {
                     system(netns, &format!("joining interface {name} and its tap"), e)
                 })?;
             }
-            Ok(())
+            if joints.interfaces.is_empty() {
+                return Ok(None);
+            }
+            let entrance = Entrance::open(netns);
+            if let Err(error) = &entrance {
+                tracing::warn!("port-forward will not work: {error}");
+            }
+            Ok(entrance.ok())
         })
         .await
+    }
+}
+
+impl Entrance {
+    /// Opens it for the namespace of the calling thread, which `netns` names.
+    fn open(netns: &Path) -> Result<Self, Error> {
+        let doing = |action: &str, source| system(netns, action, source);
+        // The first is for both families, where there are both.
+        let listener = TcpListener::bind("[::]:0")
+            .or_else(|_| TcpListener::bind("0.0.0.0:0"))
+            .map_err(|e| doing("listening in it", e))?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|e| doing("listening in it", e))?;
+        let file = File::open("/proc/thread-self/ns/net").map_err(|e| doing("opening it", e))?;
+        let link = steer::steer(file.as_fd(), listener.as_fd())
+            .map_err(|e| doing("steering connections by BPF", e))?;
+        Ok(Self {
+            listener,
+            _link: link,
+        })
+    }
+
+    /// Where they arrive; nonblocking. The local address of a connection is the one that was dialled.
+    pub fn listener(&self) -> &TcpListener {
+        &self.listener
     }
 }
 
@@ -221,7 +266,7 @@ fn inside<T: Send>(
         let thread = std::thread::Builder::new().name("netns".into());
         let body = move || {
             let namespace = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), namespace)
+            move_into_link_name_space(file.as_fd(), namespace)
                 .map_err(|e| system(netns, "entering it", e.into()))?;
             let mut netlink =
                 Netlink::open().map_err(|e| system(netns, "opening a netlink socket", e))?;

@@ -21,7 +21,7 @@ impl Netns {
             ip route add default via 10.99.0.1 && ip route add 10.98.0.0/16 via 10.99.0.9 mtu 1300 && \
             ip -6 route add default via fd99::1 && \
             ip neighbour add 10.99.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent && \
-            ip link add down0 type dummy && echo ready && exec sleep 1000";
+            ip link add down0 type veth peer name down1 && echo ready && exec sleep 1000";
         let mut child = Command::new("unshare")
             .args(["--net", "sh", "-ec", script])
             .stdout(std::process::Stdio::piped())
@@ -63,7 +63,7 @@ fn open_now(netns: &Path) -> Result<Network, Error> {
     runtime.unwrap().block_on(Network::open(netns))
 }
 
-fn join_now(network: &Network) -> Result<(), Error> {
+fn join_now(network: &Network) -> Result<Option<Entrance>, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     runtime.unwrap().block_on(network.join())
 }
@@ -103,10 +103,21 @@ fn the_hosts_own_is_refused() {
 }
 
 #[test]
+fn a_namespace_without_interfaces_is_ready_at_once() {
+    let Some(netns) = Netns::new() else { return };
+    netns.run("ip link del eth0");
+    let network = open_now(&netns.path()).unwrap();
+    assert!(network.nics.is_empty() && network.interfaces.is_empty());
+    assert!(network.routes.is_empty(), "{:?}", network.routes);
+    join_now(&network).unwrap();
+    network.joints.undo().unwrap();
+}
+
+#[test]
 fn the_guest_gets_what_the_namespace_has() {
     let Some(netns) = Netns::new() else { return };
     let network = open_now(&netns.path()).unwrap();
-    // Both ends of the pair are there and up; the dummy is down.
+    // Both ends of the pair are there and up; the other pair is down.
     let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
     let at = names.iter().position(|name| *name == "eth0").unwrap();
@@ -157,7 +168,7 @@ fn a_namespace_serves_one_at_a_time_and_is_left_as_it_was() {
         filter.contains("Egress Redirect to device cella"),
         "{filter}"
     );
-    assert!(netns.run("ip link show cella0").contains("state UP"));
+    assert!(netns.run("ip link show cella0").contains(",UP,"));
 
     let second = open_now(&netns.path()).unwrap_err();
     assert!(matches!(second, Error::InUse { .. }), "{second}");
@@ -167,6 +178,34 @@ fn a_namespace_serves_one_at_a_time_and_is_left_as_it_was() {
     joints.undo().unwrap();
     assert_eq!(netns.run("ip -o link; tc qdisc"), before);
     joints.undo().unwrap();
+}
+
+#[test]
+fn who_connects_inside_is_caught_whatever_the_port() {
+    let Some(netns) = Netns::new() else { return };
+    let network = open_now(&netns.path()).unwrap();
+    let Some(entrance) = join_now(&network).unwrap() else {
+        println!("SKIPPED: sk_lookup programs of BPF");
+        return;
+    };
+    let listener = entrance.listener();
+    listener.set_nonblocking(false).unwrap();
+    for (address, port) in [("127.0.0.1", 80), ("[::1]", 8080), ("10.99.0.2", 5432)] {
+        let address = format!("{address}:{port}");
+        let dialled = inside(&netns.path(), |netns, _| {
+            std::net::TcpStream::connect(&address).map_err(|e| system(netns, "connecting", e))
+        });
+        let dialled = dialled.unwrap();
+        let (caught, from) = listener.accept().unwrap();
+        assert_eq!(caught.local_addr().unwrap().port(), port);
+        assert_eq!(from.port(), dialled.local_addr().unwrap().port());
+    }
+    drop(entrance);
+    let refused = inside(&netns.path(), |netns, _| {
+        std::net::TcpStream::connect("127.0.0.1:80").map_err(|e| system(netns, "connecting", e))
+    });
+    assert!(refused.is_err(), "it is closed with its owner");
+    network.joints.undo().unwrap();
 }
 
 #[test]
@@ -197,14 +236,14 @@ fn what_the_dead_left_is_replaced_and_not_undone_twice() {
 fn filters_of_others_stay() {
     let Some(netns) = Netns::new() else { return };
     netns.run(
-        "tc qdisc add dev eth0 clsact && tc filter add dev eth0 ingress pref 7 protocol all u32 match u8 0 0 action ok",
+        "tc qdisc add dev eth0 clsact && tc filter add dev eth0 ingress pref 7 protocol all u32 match u8 0 0 action mirred egress mirror dev far",
     );
     let network = open_now(&netns.path()).unwrap();
     join_now(&network).unwrap();
     network.joints.undo().unwrap();
     let filter = netns.run("tc filter show dev eth0 ingress");
     assert!(
-        filter.contains("pref 7") && !filter.contains("mirred"),
+        filter.contains("pref 7") && !filter.contains("Redirect"),
         "{filter}"
     );
     assert!(netns.run("tc qdisc show dev eth0").contains("clsact"));

@@ -7,6 +7,7 @@
 //! | [`agent`] | the connection to its agent |
 //! | `start` | from a directory to a guest that is set up: cloned or booted |
 //! | `calls` | what it asks of its agent |
+//! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`] | what containers see of the host |
 //! | [`gc`] | what dead processes left |
@@ -15,6 +16,7 @@ pub mod agent;
 mod calls;
 pub mod dir;
 mod error;
+mod forward;
 pub mod gc;
 mod start;
 pub mod state;
@@ -77,6 +79,7 @@ pub struct Sandbox {
 }
 
 struct Owned {
+    _forward: Option<forward::Forward>,
     vm: Box<dyn Vm>,
     template: TemplateUse,
     _lock: OwnerLock,
@@ -111,12 +114,17 @@ impl Sandbox {
         // From here on the directory is this call's to remove. The machine, made later, is dropped before.
         let mut unfinished = Unfinished(Some(dir.clone()));
         let started = start::bring_up(paths, &dir, hypervisor, spec, timeline).await?;
+        let forward = started
+            .entrance
+            .map(|entrance| forward::Forward::start(entrance, &dir.vsock()))
+            .transpose()?;
         unfinished.0 = None;
         drop(booting);
         Ok(Self {
             dir,
             agent: started.agent,
             owned: Some(Owned {
+                _forward: forward,
                 vm: started.vm,
                 template: started.template,
                 _lock: lock,

@@ -13,7 +13,7 @@ use super::state::{self, ProcessId, SandboxState};
 use super::{Error, GUEST_SHARE, SandboxSpec};
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, Hypervisor, Nic, SavedVm, Vm, VmSpec};
-use crate::network::Network;
+use crate::network::{Entrance, Network};
 use crate::paths::Paths;
 use crate::template::{self, Key, Shape, Store};
 use crate::timeline::Timeline;
@@ -40,6 +40,8 @@ pub(super) struct Started {
     pub(super) vm: Box<dyn Vm>,
     pub(super) agent: Agent,
     pub(super) template: TemplateUse,
+    /// Where connections to the pod's ports come in, if they do.
+    pub(super) entrance: Option<Entrance>,
 }
 
 /// Starts the virtual machine of the sandbox in `dir`, and sets its guest up.
@@ -55,9 +57,9 @@ pub(super) async fn bring_up(
         .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
     dir::open_to_vmm(&dialled)?;
     let mut request = set_up_request(&spec);
-    let nics = match &spec.netns {
+    let (nics, entrance) = match &spec.netns {
         Some(netns) => connect(dir, netns, &mut request).await?,
-        None => Vec::new(),
+        None => (Vec::new(), None),
     };
     let state = SandboxState {
         id: dir.id().to_owned(),
@@ -109,6 +111,7 @@ pub(super) async fn bring_up(
         vm,
         agent,
         template,
+        entrance,
     })
 }
 
@@ -277,17 +280,17 @@ async fn connect(
     dir: &SandboxDir,
     netns: &Path,
     request: &mut SetUpSandboxRequest,
-) -> Result<Vec<Nic>, Error> {
+) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
     // The path must mean the same to whoever cleans up.
     let netns = std::path::absolute(netns)
         .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
     let network = Network::open(&netns).await?;
     dir.write_network(&network.joints)?;
-    network.join().await?;
+    let entrance = network.join().await?;
     request.interfaces = network.interfaces;
     request.routes = network.routes;
     request.neighbors = network.neighbors;
-    Ok(network.nics)
+    Ok((network.nics, entrance))
 }
 
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {

@@ -80,6 +80,10 @@ impl Pod {
         let root = spec.root().as_ref().map(|root| root.path().clone());
         let bundled = bundle.join(root.unwrap_or_else(|| "rootfs".into()));
         rootfs::mount(&request.rootfs, &bundled, &share.join("rootfs"))?;
+        if let Ok(declared) = self.declared() {
+            let files = sandbox.dir().path().join("files");
+            declared.files.add(&files, &mut spec)?;
+        }
         let pod_pids = spec::translate(sandbox.dir(), id, &mut spec, request.terminal)?;
         let stdio = stdio_of(request);
         let mut io = Io::open(&stdio, id, &self.namespace).await?;

@@ -26,6 +26,8 @@ use crate::sandbox::stdio::Streams;
 const CHUNK: usize = 64 * 1024;
 /// Before a transfer is tried again that could have been done and was not.
 const PAUSE: Duration = Duration::from_millis(10);
+/// The longest time between two looks at a FIFO that is to be read up.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// What containerd says of a process's streams; an empty path is no stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,8 +47,10 @@ pub struct Stdio {
 pub enum Sink {
     /// Nowhere.
     Null,
-    /// A pipe or FIFO.
+    /// A pipe, whose reader is there.
     Pipe(OwnedFd),
+    /// A FIFO, whose readers come and go.
+    Fifo(OwnedFd),
     /// A file, at its end.
     File(File),
 }
@@ -54,9 +58,12 @@ pub enum Sink {
 /// containerd's ends of a process's streams.
 #[derive(Debug, Default)]
 pub struct Io {
+    /// The guest's end of the input, until the process is started.
     stdin: Option<OwnedFd>,
+    stdin_path: String,
     /// Keeps the input from ending before CloseIO.
     holder: Option<OwnedFd>,
+    stdin_closed: bool,
     sinks: Vec<Sink>,
     logger: Option<Logger>,
     input: Option<JoinHandle<()>>,
@@ -70,12 +77,7 @@ impl Io {
     /// `NotFound`: there is no such FIFO. `Unimplemented`: a URL of another kind.
     pub async fn open(stdio: &Stdio, container: &str, namespace: &str) -> Result<Self, Error> {
         let mut io = Self::default();
-        if !stdio.stdin.is_empty() {
-            let (reader, holder) = open_input(&stdio.stdin)
-                .map_err(|e| Error::host(format!("opening standard input {}", stdio.stdin), e))?;
-            io.stdin = Some(reader);
-            io.holder = Some(holder);
-        }
+        io.stdin_path.clone_from(&stdio.stdin);
         if let Some(url) = stdio.stdout.strip_prefix("binary://") {
             let (logger, stdout, stderr) = Logger::start(url, container, namespace).await?;
             io.logger = Some(logger);
@@ -100,22 +102,39 @@ impl Io {
                 let from = asynchronous(socket.into()).map_err(register)?;
                 let sink = match sink {
                     Sink::Pipe(pipe) => Target::Pipe(asynchronous(pipe).map_err(register)?),
+                    Sink::Fifo(fifo) => Target::Fifo(asynchronous(fifo).map_err(register)?),
                     Sink::File(file) => Target::File(file),
                     Sink::Null => Target::Null,
                 };
                 self.outputs.spawn(drain(from, sink));
             }
         }
-        if let (Some(socket), Some(fifo)) = (streams.stdin, self.stdin.take()) {
-            let from = asynchronous(fifo).map_err(register)?;
-            let to = asynchronous(socket.into()).map_err(register)?;
-            self.input = Some(tokio::spawn(feed(from, to)));
-        }
+        self.stdin = streams.stdin.map(Into::into);
+        Ok(())
+    }
+
+    /// Opens the input, when the process is about to be started: not before, since clients call CloseIO only if they
+    /// know the process when they have written all.
+    ///
+    /// # Errors
+    /// The FIFO is not there.
+    pub fn open_stdin(&mut self) -> Result<(), Error> {
+        let Some(socket) = self.stdin.take() else {
+            return Ok(());
+        };
+        let host =
+            |e: io::Error| Error::host(format!("opening standard input {}", self.stdin_path), e);
+        let (reader, holder) = open_input(&self.stdin_path).map_err(host)?;
+        let from = asynchronous(reader).map_err(host)?;
+        let to = asynchronous(socket).map_err(host)?;
+        self.holder = (!self.stdin_closed).then_some(holder);
+        self.input = Some(tokio::spawn(feed(from, to)));
         Ok(())
     }
 
     /// The input ends when its other writers have closed it too.
     pub fn close_stdin(&mut self) {
+        self.stdin_closed = true;
         self.holder = None;
     }
 
@@ -143,6 +162,7 @@ impl Drop for Io {
 enum Target {
     Null,
     Pipe(AsyncFd<OwnedFd>),
+    Fifo(AsyncFd<OwnedFd>),
     File(File),
 }
 
@@ -183,7 +203,7 @@ fn open_output(name: &str) -> Result<Sink, Error> {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)?;
-        Ok(Sink::Pipe(fifo.into()))
+        Ok(Sink::Fifo(fifo.into()))
     };
     open().map_err(|e| Error::host(action(), e))
 }
@@ -209,6 +229,10 @@ fn asynchronous(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 async fn drain(from: AsyncFd<OwnedFd>, to: Target) {
     let ended = match to {
         Target::Pipe(pipe) => pump(&from, &pipe).await,
+        Target::Fifo(fifo) => match pump(&from, &fifo).await {
+            Ok(()) => read_up(&fifo).await,
+            Err(error) => Err(error),
+        },
         Target::File(mut file) => copy(from, |bytes| file.write_all(bytes)).await,
         Target::Null => copy(from, |_| Ok(())).await,
     };
@@ -222,6 +246,17 @@ async fn feed(from: AsyncFd<OwnedFd>, to: AsyncFd<OwnedFd>) {
     // An error is the process's having closed its input.
     let _ = pump(&from, &to).await;
     let _ = rustix::net::shutdown(&to, rustix::net::Shutdown::Write);
+}
+
+/// Waits until everything in a FIFO has been read: what is in it goes with the last descriptor of it, and its reader may
+/// be a containerd that is just restarting. The kernel tells nobody, so this looks, ever more seldom.
+async fn read_up(fifo: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut pause = PAUSE;
+    while rustix::io::ioctl_fionread(fifo)? > 0 {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+    Ok(())
 }
 
 /// Moves everything from one to the other; one of the two is a pipe.

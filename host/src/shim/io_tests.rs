@@ -91,6 +91,7 @@ async fn input_ends_after_close_and_its_last_writer() {
     let mut io = Io::open(&stdio, "c", "n").await.unwrap();
     let (streams, guest, _stdout) = streams();
     io.connect(streams).unwrap();
+    io.open_stdin().unwrap();
     let reading = tokio::task::spawn_blocking(move || {
         let mut guest = guest;
         let mut text = String::new();

@@ -49,6 +49,7 @@ impl Pod {
             tokio::spawn(Arc::clone(self).watch_sandbox(container, sandbox));
             return Ok(process.pid());
         }
+        process.open_stdin()?;
         match sandbox.start(id, exec).await {
             Ok(pid) if exec.is_empty() && process.pid() == sandbox.vmm_pid() => {
                 tracing::debug!("container {id} is pid {pid} of the guest");

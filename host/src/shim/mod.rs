@@ -6,6 +6,7 @@
 //! | `args`, `bootstrap`, `start`, `delete` | how containerd runs the shim |
 //! | `serve` | the shim itself |
 //! | `task` | the task service (v2 and v3) |
+//! | `sandbox_service`, `pod_files` | the sandbox service, and what containerd leaves to it |
 //! | `pod`, `container`, `process` | what is known of the sandbox and what is in it |
 //! | `create`, `lifecycle` | how containers and processes come, run and end |
 //! | `bundle`, `spec`, `rootfs` | a bundle made the guest's |
@@ -28,8 +29,10 @@ mod log;
 mod logger;
 mod pids;
 mod pod;
+mod pod_files;
 mod process;
 mod rootfs;
+mod sandbox_service;
 mod serve;
 mod settings;
 mod spec;
@@ -48,6 +51,8 @@ use crate::error::chain;
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
+/// This program.
+const PROGRAM: &str = "containerd-shim-cella-v2";
 /// The runtime's name in containerd's configuration.
 const NAME: &str = "io.containerd.cella.v2";
 
@@ -57,7 +62,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("containerd-shim-cella-v2: {}", chain(&error));
+            eprintln!("{PROGRAM}: {}", chain(&error));
             ExitCode::FAILURE
         }
     }

@@ -2,8 +2,9 @@
 //! that no container waits for its sibling.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use cella_proto::agent::StatsResponse;
 use oci_spec::runtime::Spec;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::{Notify, OnceCell};
@@ -13,6 +14,8 @@ use super::bundle::{self, Role};
 use super::container::Container;
 use super::error::refuse;
 use super::events::Publisher;
+use super::sandbox_service::Declared;
+use super::stats;
 use super::{settings, spec};
 use crate::error::ErrorKind;
 use crate::hypervisor;
@@ -30,6 +33,7 @@ pub struct Pod {
     pub publisher: Publisher,
     group: String,
     sandbox: OnceCell<Arc<Sandbox>>,
+    declared: OnceLock<Declared>,
     containers: Mutex<HashMap<String, Slot>>,
     end: Notify,
 }
@@ -56,6 +60,7 @@ impl Pod {
             publisher,
             group: args.id.clone(),
             sandbox: OnceCell::new(),
+            declared: OnceLock::new(),
             containers: Mutex::default(),
             end: Notify::new(),
         }
@@ -112,6 +117,47 @@ impl Pod {
         self.sandbox.get_or_try_init(boot).await.cloned()
     }
 
+    /// Makes the pod's sandbox known, by the sandbox service.
+    ///
+    /// # Errors
+    /// `AlreadyExists`.
+    pub fn declare_sandbox(&self, declared: Declared) -> Result<(), Error> {
+        self.declared.set(declared).map_err(|_| {
+            refuse(
+                ErrorKind::AlreadyExists,
+                format!("sandbox {} exists already", self.group),
+            )
+        })
+    }
+
+    /// What the sandbox service has made known.
+    ///
+    /// # Errors
+    /// `NotFound`: it was not asked to.
+    pub fn declared(&self) -> Result<&Declared, Error> {
+        self.declared.get().ok_or_else(|| {
+            refuse(
+                ErrorKind::NotFound,
+                format!("sandbox {} does not exist", self.group),
+            )
+        })
+    }
+
+    /// The counters of all containers together.
+    ///
+    /// # Errors
+    /// `Unavailable`: there is no sandbox yet.
+    pub async fn pod_stats(&self) -> Result<StatsResponse, Error> {
+        let sandbox = self.sandbox()?;
+        let mut sum = StatsResponse::default();
+        for member in self.containers().iter().filter(|member| !member.is_sandbox) {
+            if let Ok(counters) = sandbox.stats(&member.id).await {
+                stats::add(&mut sum, &counters);
+            }
+        }
+        Ok(sum)
+    }
+
     /// Takes a container's id.
     ///
     /// # Errors
@@ -158,11 +204,16 @@ impl Pod {
         self.lock().remove(id);
     }
 
-    /// Ends the shim, unless there are containers.
+    /// Ends the shim, unless there are containers, or a sandbox that has its own call for this.
     pub fn shut_down(&self) {
-        if self.lock().is_empty() {
+        if self.lock().is_empty() && self.declared.get().is_none() {
             self.end.notify_one();
         }
+    }
+
+    /// Ends the shim.
+    pub fn shut_down_now(&self) {
+        self.end.notify_one();
     }
 
     /// Returns when the shim is to end.

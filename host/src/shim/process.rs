@@ -126,6 +126,17 @@ impl Process {
         }
     }
 
+    /// Opens its input.
+    ///
+    /// # Errors
+    /// The FIFO is not there.
+    pub fn open_stdin(&self) -> Result<(), Error> {
+        match &mut self.lock().io {
+            Some(io) => io.open_stdin(),
+            None => Ok(()),
+        }
+    }
+
     /// Its input ends.
     pub fn close_stdin(&self) {
         if let Some(io) = &mut self.lock().io {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_protos::shim_async;
+use containerd_shim_protos::{sandbox_async, shim_async};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -14,6 +14,7 @@ use ttrpc::asynchronous::transport::Listener;
 use super::args::Args;
 use super::events::Publisher;
 use super::pod::Pod;
+use super::sandbox_service::SandboxService;
 use super::task::TaskService;
 use super::{bundle, log, start};
 use crate::paths::Paths;
@@ -63,9 +64,11 @@ async fn serve(paths: Paths, args: &Args, listener: UnixListener) -> Result<(), 
     for (_, service) in shim_async::create_task(service) {
         tasks.insert(TASK_V2.to_owned(), service);
     }
+    let sandboxes = Arc::new(SandboxService(Arc::clone(&pod)));
     let mut server = Server::new()
         .add_listener(Listener::from(listener))
-        .register_service(tasks);
+        .register_service(tasks)
+        .register_service(sandbox_async::create_sandbox(sandboxes));
     server
         .start()
         .await

@@ -15,10 +15,12 @@ use crate::error::ErrorKind;
 use crate::paths::Paths;
 use crate::sandbox::{Error, SandboxSpec};
 
-/// The pod's limits as containerd's CRI plugin writes them on the sandbox container.
-const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// The pod's memory limit in bytes, as containerd's CRI plugin writes it on the sandbox container.
+pub const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// Its CPU limit: microseconds a period.
+pub const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// The period, microseconds.
+pub const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// Linux's default CFS period, microseconds.
 const DEFAULT_PERIOD: i64 = 100_000;
 /// CPUs of a sandbox at most.

@@ -102,6 +102,7 @@ fn bind(path: &Path) -> Result<Option<UnixListener>, Error> {
 fn spawn(args: &Args, listener: &UnixListener) -> Result<(), Error> {
     let action = "starting the shim in the background";
     let mut command = Command::new("/proc/self/exe");
+    command.arg0(super::PROGRAM);
     command
         .arg("-namespace")
         .arg(&args.namespace)

@@ -339,12 +339,7 @@ impl Pod {
         let sandbox = self.sandbox()?;
         let v2 = stats::host_has_v2();
         if container.is_sandbox {
-            let mut sum = Default::default();
-            for member in self.containers().iter().filter(|member| !member.is_sandbox) {
-                if let Ok(counters) = sandbox.stats(&member.id).await {
-                    stats::add(&mut sum, &counters);
-                }
-            }
+            let sum = self.pod_stats().await?;
             return stats::encode(&sum, v2);
         }
         match sandbox.stats(id).await {

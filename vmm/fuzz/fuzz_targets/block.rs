@@ -8,31 +8,12 @@ use std::io::{Read, Seek, Write};
 use cella_vmm::device::Device;
 use cella_vmm::device::block::Block;
 use cella_vmm::device::testing::MockDriver;
+use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 const SECTORS: usize = 32;
 const BYTES: usize = SECTORS * 512;
 const STEPS: usize = 32;
-
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&byte, rest)) => {
-                self.0 = rest;
-                byte
-            }
-            None => 0,
-        }
-    }
-
-    fn take(&mut self, len: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-}
 
 /// A sector inside, around the end, or far outside.
 fn sector(form: u8) -> u64 {
@@ -82,7 +63,7 @@ fuzz_target!(|data: &[u8]| {
     let device = Block::new(image.try_clone().unwrap(), read_only, "fuzz").unwrap();
     let mut driver = MockDriver::new(device);
     for _ in 0..STEPS {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         if !step(&mut driver, &mut input) {

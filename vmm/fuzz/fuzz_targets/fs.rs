@@ -9,6 +9,7 @@ use std::sync::Once;
 use cella_vmm::device::Device;
 use cella_vmm::device::fs::Fs;
 use cella_vmm::device::testing::MockDriver;
+use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 const HIPRIO: usize = 0;
@@ -17,26 +18,6 @@ const STEPS: usize = 24;
 const NAMES: [&str; 12] = [
     "f", "d", "l", "new", "other", "..", ".", "", "../x", "/x", "d/f", "f\0d",
 ];
-
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&byte, rest)) => {
-                self.0 = rest;
-                byte
-            }
-            None => 0,
-        }
-    }
-
-    fn take(&mut self, len: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-}
 
 // No file grows past a megabyte: a guest's fallocate must not fill the disk of the machine that fuzzes.
 fn limit_files() {
@@ -136,7 +117,7 @@ fuzz_target!(|data: &[u8]| {
     driver.kick(REQUEST).unwrap();
     let mut input = Input(data);
     for _ in 0..STEPS {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         if !step(&mut driver, &mut input) {

@@ -10,7 +10,9 @@ use cella_vmm::device::block::Block;
 use cella_vmm::device::rng::Rng;
 use cella_vmm::device::testing::MockWatcher;
 use cella_vmm::machine::bus::BusDevice;
+use cella_vmm::transport::Transport;
 use cella_vmm::transport::mmio::MmioTransport;
+use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
@@ -29,30 +31,6 @@ const SET_UP: [(u64, u32); 9] = [
     (0xa4, 0),
     (0x44, 1),
 ];
-
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&byte, rest)) => {
-                self.0 = rest;
-                byte
-            }
-            None => 0,
-        }
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
-    }
-
-    fn take(&mut self, len: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-}
 
 fn read(transport: &MmioTransport, register: u64) -> u32 {
     let mut data = [0; 4];
@@ -131,7 +109,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let watcher = Arc::new(MockWatcher::default());
     let transport = MmioTransport::new("fuzz", device, memory.clone(), watcher).unwrap();
-    while !input.0.is_empty() {
+    while !input.is_empty() {
         step(&transport, &memory, &mut input);
         let status = read(&transport, STATUS);
         for (bit, before) in [(2, 1), (8, 2), (4, 8)] {

@@ -15,6 +15,7 @@ use cella_vmm::device::Device;
 use cella_vmm::device::testing::{Buffer, MockDriver};
 use cella_vmm::device::vsock::Vsock;
 use cella_vmm::device::vsock::packet::{HEADER_LEN, Header, TYPE_STREAM};
+use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 const CID: u64 = 3;
@@ -52,30 +53,6 @@ fn host() -> &'static Host {
             server,
         }
     })
-}
-
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&byte, rest)) => {
-                self.0 = rest;
-                byte
-            }
-            None => 0,
-        }
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
-    }
-
-    fn take(&mut self, len: usize) -> &[u8] {
-        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
 }
 
 struct World {
@@ -221,7 +198,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let mut input = Input(data);
     for _ in 0..STEPS {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         if !world.step(&mut input) {

@@ -37,7 +37,7 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
-    /// KVM or a device gave up.
+    /// KVM or a device gave up, and nobody was there to be told.
     #[error("the machine failed: {0}")]
     Machine(String),
 }
@@ -139,9 +139,10 @@ fn finish(session: &mut Session) -> Result<(), ControlError> {
         message,
         ..Stopped::default()
     };
-    send(session, 0, reply::Body::Stopped(stopped))?;
+    let told = send(session, 0, reply::Body::Stopped(stopped))?;
     match why {
-        machine::StopReason::Failure(why) => Err(ControlError::Machine(why)),
+        // The door says it; where there is none any more, the log does.
+        machine::StopReason::Failure(why) if !told => Err(ControlError::Machine(why)),
         _ => Ok(()),
     }
 }

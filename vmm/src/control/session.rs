@@ -298,7 +298,9 @@ impl Session {
                 machine.stop();
                 machine.stop_reason()
             }
-            AnyMachine::Companion(machine) => Some(machine.stop()),
+            AnyMachine::Companion(machine) => {
+                Some(machine.stop(!devices.guest_ranges().is_empty()))
+            }
         };
         devices.shut_down();
         reason.unwrap_or(StopReason::Requested)

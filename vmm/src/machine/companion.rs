@@ -120,8 +120,9 @@ impl CompanionMachine {
         self.change("resume", State::Paused, State::Running, Some(Signal::CONT))
     }
 
-    /// Ends the companion, if it has not ended by itself, and says how it ended.
-    pub fn stop(&mut self) -> StopReason {
+    /// Ends the companion, if it has not ended by itself, and says how it ended; `used` says whether the guest has come to
+    /// use a device.
+    pub fn stop(&mut self, used: bool) -> StopReason {
         if std::mem::replace(&mut self.ended, true) {
             return StopReason::Requested;
         }
@@ -132,7 +133,7 @@ impl CompanionMachine {
             let _ = poll(&mut end, Some(&WAY_OUT));
         }
         let found = match self.wait(WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-            Ok(Some(status)) => self.reason(&status),
+            Ok(Some(status)) => self.reason(&status, used),
             other => {
                 // At the latest it ends with this process, which is process 1 of its pid namespace.
                 let killed = pidfd_send_signal(&self.companion.pidfd, Signal::KILL);
@@ -146,7 +147,7 @@ impl CompanionMachine {
         found
     }
 
-    fn reason(&mut self, status: &WaitIdStatus) -> StopReason {
+    fn reason(&mut self, status: &WaitIdStatus, used: bool) -> StopReason {
         self.read_output();
         let bytes: Vec<u8> = self.output.drain(..).collect();
         let text = String::from_utf8_lossy(&bytes);
@@ -159,6 +160,9 @@ impl CompanionMachine {
             (Some(0), _) if text.contains("terminating on signal") => {
                 StopReason::Failure(format!("the hypervisor was told to end{said}"))
             }
+            (Some(0), _) if !used => StopReason::Failure(format!(
+                "the hypervisor ended before the guest had used a device{said}"
+            )),
             (Some(0), _) => StopReason::Guest("the guest reset or powered off the machine"),
             (Some(status), _) => {
                 StopReason::Failure(format!("the hypervisor ended with status {status}{said}"))

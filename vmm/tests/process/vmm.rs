@@ -44,6 +44,11 @@ pub struct Vmm {
 impl Vmm {
     /// Starts one and waits until its jail is closed; nothing, and a word why, where that cannot be.
     pub fn start() -> Option<Self> {
+        Self::start_with(&[])
+    }
+
+    /// As [`Self::start`], with more arguments.
+    pub fn start_with(arguments: &[&str]) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             println!("SKIPPED: not root");
             return None;
@@ -70,6 +75,7 @@ impl Vmm {
             .arg(share.path())
             .arg("--sockets")
             .arg(sockets.path())
+            .args(arguments)
             .env_clear()
             .env("CELLA_SECCOMP_REPORT", "1")
             .stderr(log.try_clone().unwrap());

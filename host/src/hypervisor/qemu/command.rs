@@ -22,6 +22,8 @@ pub(super) struct Line {
     /// Connected to our file system device.
     pub(super) share_fd: RawFd,
     pub(super) console: Option<Console>,
+    /// The tap of the first interface; the others' follow.
+    pub(super) first_nic_fd: RawFd,
     /// Of the host's time stamp counter.
     pub(super) tsc_khz: u64,
 }
@@ -71,6 +73,9 @@ impl Line {
         ]);
         add(&["-object", "rng-builtin,id=entropy"]);
         add(&["-device", "virtio-rng-device,rng=entropy"]);
+        for [netdev, device] in self.nics(spec) {
+            add(&["-netdev", &netdev, "-device", &device]);
+        }
         match self.console {
             Some(Console::File(fd)) => {
                 add(&["-add-fd", &format!("fd={fd},set=1")]);
@@ -86,6 +91,20 @@ impl Line {
         add(&["-kernel", "/kernel", "-initrd", "/initrd"]);
         add(&["-append", &self.kernel_words(spec)]);
         arguments
+    }
+
+    /// The two ends of each interface.
+    fn nics(&self, spec: &VmSpec) -> Vec<[String; 2]> {
+        let nics = (self.first_nic_fd..).zip(&spec.nics).enumerate();
+        nics.map(|(number, (fd, nic))| {
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let mtu = nic.mtu;
+            [
+                format!("tap,id=net{number},fd={fd},vhost=off"),
+                format!("virtio-net-device,netdev=net{number},mac={mac},host_mtu={mtu}"),
+            ]
+        })
+        .collect()
     }
 
     fn kernel_words(&self, spec: &VmSpec) -> String {

@@ -7,9 +7,11 @@
 //! | --- | --- |
 //! | `clock` | the frequency of the host's time stamp counter, which the guest must be told |
 //! | `command` | QEMU's command line |
+//! | `memory` | what QEMU's process has resident |
 
 mod clock;
 mod command;
+mod memory;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -20,17 +22,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Vsock, device};
+use cella_proto::vmm::{Configure, Device, Fs, Stats, StopReason, Vsock, device};
 
 use self::command::Console;
 use super::process::{self, FIRST_FD, GUEST_CID, SHARE_TAG, VmmProcess, open};
-use super::{Error, Hypervisor, Vm, VmSpec};
+use super::{Ended, Error, Hypervisor, Vm, VmSpec};
 
 /// The oldest QEMU that has all that is asked of it: `acpi=off` of microvm, vhost-user-vsock, memory-backend.
 const OLDEST: (u32, u32) = (5, 2);
 
 /// The hypervisor of this module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Qemu {
     program: PathBuf,
     clock: clock::Sample,
@@ -93,11 +95,59 @@ impl Hypervisor for Qemu {
         let (vm, configure, fds) = self.spawn(&spec)?;
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         match vm.start(configure, &fds).await {
-            Ok(()) => Ok(Box::new(vm)),
-            // It may be too old for its command line: that says more than what it complains of.
+            Ok(()) => Ok(Box::new(QemuVm {
+                process: vm,
+                qemu: self.clone(),
+            })),
             Err(error @ Error::Gone { .. }) => Err(self.version().err().unwrap_or(error)),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// A running cella-vmm with a QEMU beside it.
+struct QemuVm {
+    process: VmmProcess,
+    qemu: Qemu,
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.process.pause().await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.process.resume().await
+    }
+
+    async fn stop(&self) -> Result<(), Error> {
+        self.process.stop().await
+    }
+
+    async fn wait(&self) -> Ended {
+        let mut ended = self.process.wait().await;
+        // It may be too old for its command line: that says more than what it complained of.
+        if ended.reason == StopReason::STOP_REASON_FAILURE
+            && let Err(why) = self.qemu.version()
+        {
+            ended.message = why.to_string();
+        }
+        ended
+    }
+
+    async fn stats(&self) -> Result<Stats, Error> {
+        let mut stats = self.process.stats().await?;
+        // QEMU's memory is part of the price; the guest's memory is what QEMU has of it.
+        if let Some(qemu) = memory::of_companion(self.pid()) {
+            stats.rss_kib = stats.rss_kib.saturating_add(qemu.own_kib);
+            stats.guest_rss_kib = qemu.guest_kib;
+        }
+        Ok(stats)
     }
 }
 
@@ -117,10 +167,15 @@ impl Qemu {
             }
             None => None,
         };
+        let first_nic_fd = FIRST_FD.saturating_add(i32::try_from(inherited.len()).unwrap_or(0));
+        for nic in &spec.nics {
+            inherited.push(nic.tap.try_clone().map_err(host)?);
+        }
         let line = command::Line {
             vsock_fd: FIRST_FD,
             share_fd: FIRST_FD + 1,
             console,
+            first_nic_fd,
             tsc_khz: self.clock.khz(),
         };
         let mut arguments: Vec<OsString> = vec!["--companion".into(), (&self.program).into()];
@@ -190,7 +245,11 @@ fn resolve(program: &Path) -> Result<PathBuf, Error> {
     };
     let found = found.ok_or_else(|| missing(io::ErrorKind::NotFound.into()))?;
     rustix::fs::access(&found, rustix::fs::Access::EXEC_OK).map_err(|e| missing(e.into()))?;
-    found.canonicalize().map_err(missing)
+    let found = found.canonicalize().map_err(missing)?;
+    match found.is_file() {
+        true => Ok(found),
+        false => Err(missing(io::Error::other("it is no file"))),
+    }
 }
 
 /// The two leading numbers of `QEMU emulator version 7.2.22 (...)`.

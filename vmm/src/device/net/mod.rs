@@ -25,7 +25,8 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::{Device, DeviceError, Readiness, Resources, Watcher};
+use super::lent::read_config;
+use super::{Device, DeviceError, Readiness, Resources, SnapshotStep, Watcher};
 use rx::{Received, Rx};
 use tap::Tap;
 use tx::Sent;
@@ -196,15 +197,7 @@ impl Device for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let config = self.config();
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-            .unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_config(&self.config(), offset, data);
     }
 
     fn activate(
@@ -246,6 +239,7 @@ impl Device for Net {
     }
 
     fn event(&mut self, _token: u64, readiness: Readiness) -> Result<(), DeviceError> {
+        self.configure()?;
         if readiness.write {
             self.transmit()?;
         }
@@ -253,6 +247,19 @@ impl Device for Net {
             self.receive()?;
         }
         self.watch()
+    }
+
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            // Frames on their way are the network's to lose.
+            SnapshotStep::Save(_) => Ok(()),
+            // The driver offered its buffers before, and will not kick for them again.
+            SnapshotStep::Restore(_) => {
+                let (active, _) = self.active()?;
+                active.wanted.read = true;
+                self.watch()
+            }
+        }
     }
 
     fn reset(&mut self) -> Option<Resources> {

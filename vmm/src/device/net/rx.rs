@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, VolatileSlice,
 };
@@ -12,6 +12,7 @@ use super::pieces::{self, MAX_PIECES};
 use super::tap::Tap;
 use super::used::Used;
 use super::{HEADER, RX};
+use crate::device::lent::{broken, pop};
 use crate::device::{DeviceError, Resources};
 
 /// Frames that are received before the event loop gets its turn.
@@ -31,8 +32,7 @@ pub(super) enum Received {
     Gone,
 }
 
-/// A chain that the driver has offered and that is not filled yet. Its place is kept by address, because guest
-/// memory is borrowed anew on each call.
+/// A chain that the driver has offered. One that is not fit to receive in has no bytes.
 struct Offered {
     head: u16,
     buffers: Vec<(GuestAddress, usize)>,
@@ -40,7 +40,8 @@ struct Offered {
 }
 
 /// The receiving side. Chains are taken from the ring ahead, because a frame's length is known only when it has
-/// been read, and what does not fit is lost: there must be room for the largest.
+/// been read, and what does not fit is lost: there must be room for the largest. Those that are left when a call ends go
+/// back, so that between calls the device holds none.
 pub(super) struct Rx {
     offered: VecDeque<Offered>,
     bytes: usize,
@@ -71,13 +72,11 @@ impl Rx {
         resources: &mut Resources,
     ) -> Result<Received, DeviceError> {
         let memory = resources.memory.memory();
-        let queue = resources
-            .queues
-            .get_mut(RX)
-            .ok_or(DeviceError::State("no such queue"))?;
+        let queue = resources.queue(RX)?;
         let received = self.frames(tap, queue, &memory);
+        self.put_back(queue);
         let told = self.used.wants_interrupt(queue, &memory);
-        if told.map_err(broken)? {
+        if told.map_err(broken(RX))? {
             resources.interrupt.queue(RX);
         }
         received
@@ -94,6 +93,10 @@ impl Rx {
                 return Ok(Received::Starved);
             }
             let room = self.room(memory);
+            if room.is_empty() {
+                self.finish(queue, memory, &room, 0)?;
+                continue;
+            }
             match tap.read(&room) {
                 // No frame is empty: the other end of a socket was closed.
                 Ok(0) => return Ok(Received::Gone),
@@ -116,27 +119,24 @@ impl Rx {
             if self.is_enough(queue) {
                 return Ok(true);
             }
-            let chain = queue.iter(memory).map_err(broken)?.next();
-            let Some(chain) = chain else {
-                match queue.enable_notification(memory).map_err(broken)? {
+            let Some(chain) = pop(queue, memory, RX)? else {
+                match queue.enable_notification(memory).map_err(broken(RX))? {
                     true => continue,
                     false => return Ok(false),
                 }
             };
-            queue.disable_notification(memory).map_err(broken)?;
+            queue.disable_notification(memory).map_err(broken(RX))?;
             let head = chain.head_index();
-            match buffers(memory, chain) {
-                Some((buffers, len)) => {
-                    self.bytes = self.bytes.saturating_add(len);
-                    self.buffers = self.buffers.saturating_add(buffers.len());
-                    self.offered.push_back(Offered { head, buffers, len });
-                }
+            let (buffers, len) = buffers(memory, chain).unwrap_or_default();
+            if len == 0 && self.offered.is_empty() {
                 // Given back empty: the driver sees a frame that is too short.
-                None => {
-                    let used = std::iter::once((head, 0));
-                    self.used.add(queue, memory, used).map_err(broken)?;
-                }
+                let used = std::iter::once((head, 0));
+                self.used.add(queue, memory, used).map_err(broken(RX))?;
+                continue;
             }
+            self.bytes = self.bytes.saturating_add(len);
+            self.buffers = self.buffers.saturating_add(buffers.len());
+            self.offered.push_back(Offered { head, buffers, len });
         }
     }
 
@@ -149,6 +149,15 @@ impl Rx {
             }
             false => !self.offered.is_empty(),
         }
+    }
+
+    /// Puts the chains that are left back into the ring. They are in its order, and the last that were taken.
+    fn put_back(&mut self, queue: &mut Queue) {
+        // No more than the ring has.
+        let left = self.offered.len() as u16;
+        queue.set_next_avail(queue.next_avail().wrapping_sub(left));
+        self.offered.clear();
+        (self.bytes, self.buffers) = (0, 0);
     }
 
     /// Where the next frame goes.
@@ -191,7 +200,7 @@ impl Rx {
         }
         self.used
             .add(queue, memory, filled.into_iter())
-            .map_err(broken)
+            .map_err(broken(RX))
     }
 }
 
@@ -227,8 +236,4 @@ fn put(room: &[VolatileSlice<'_>], mut offset: usize, bytes: [u8; 2]) {
         }
         offset -= piece.len();
     }
-}
-
-fn broken(source: virtio_queue::Error) -> DeviceError {
-    DeviceError::Queue { queue: RX, source }
 }

@@ -2,11 +2,12 @@
 
 use std::io::ErrorKind;
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 
 use super::tap::Tap;
 use super::{LARGEST, TX, pieces};
+use crate::device::lent::{broken, pop};
 use crate::device::{DeviceError, Resources};
 
 /// How a round of sending ended.
@@ -31,17 +32,12 @@ pub(super) fn transmit(tap: &Tap, resources: &mut Resources) -> Result<Sent, Dev
 }
 
 fn send(tap: &Tap, resources: &mut Resources) -> Result<Sent, DeviceError> {
-    let broken = |source| DeviceError::Queue { queue: TX, source };
+    let broken = broken(TX);
     let memory = resources.memory.memory();
-    let queue = resources
-        .queues
-        .get_mut(TX)
-        .ok_or(DeviceError::State("no such queue"))?;
+    let queue = resources.queue(TX)?;
     queue.disable_notification(&*memory).map_err(broken)?;
     for _ in 0..queue.size() {
-        // An index that runs ahead of the ring is an error here.
-        let next = queue.iter(memory.clone()).map_err(broken)?.next();
-        let Some(chain) = next else {
+        let Some(chain) = pop(queue, &memory, TX)? else {
             match queue.enable_notification(&*memory).map_err(broken)? {
                 true => continue,
                 false => return Ok(Sent::All),
@@ -53,7 +49,7 @@ fn send(tap: &Tap, resources: &mut Resources) -> Result<Sent, DeviceError> {
             && let Err(error) = tap.write(&frame)
             && error.kind() == ErrorKind::WouldBlock
         {
-            queue.go_to_previous_position();
+            queue.set_next_avail(queue.next_avail().wrapping_sub(1));
             return Ok(Sent::Blocked);
         }
         queue.add_used(&*memory, head, 0).map_err(broken)?;

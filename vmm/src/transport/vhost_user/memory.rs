@@ -2,7 +2,7 @@
 //! hypervisor's own, by which it names the rings.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,14 +29,14 @@ pub(super) struct Table {
 
 impl Table {
     /// Maps the regions. A file must be a memfd that is sealed against shrinking: the hypervisor could take memory
-    /// away under the mapping otherwise, and end this process by `SIGBUS`.
+    /// away under the mapping otherwise, and end this process by `SIGBUS`. So could a mapping beyond the file's end.
     pub(super) fn map(
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
     ) -> io::Result<(Self, GuestMemoryMmap)> {
         let mut table = Self::default();
         let mut mapped = Vec::new();
-        for (region, file) in regions.iter().zip(files) {
+        for (region, mut file) in regions.iter().zip(files) {
             // Copied out of a packed structure.
             let (guest, bytes) = (region.guest_phys_addr, region.memory_size);
             let (hypervisor, offset) = (region.user_addr, region.mmap_offset);
@@ -45,6 +45,11 @@ impl Table {
                 return Err(io::Error::other(
                     "guest memory that can be taken away again",
                 ));
+            }
+            let end = offset.checked_add(bytes);
+            let size = file.seek(SeekFrom::End(0))?;
+            if end.is_none_or(|end| end > size) {
+                return Err(io::Error::other("guest memory that its file does not hold"));
             }
             let region: GuestRegionMmap =
                 map_range(&Arc::new(file), offset, guest, bytes, libc::MAP_SHARED)

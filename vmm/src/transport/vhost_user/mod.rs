@@ -17,6 +17,8 @@
 mod connection;
 mod memory;
 mod ring;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::ops::Range;

@@ -1,0 +1,317 @@
+//! A pod in a network namespace, as CNI's bridge plugin makes one: a veth pair, a bridge on the host, addresses of both
+//! families. On /dev/kvm a boot may take long, so one sandbox goes through all of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use cella_tests::{Host, missing_for, skip};
+
+const BYTES: usize = 1 << 20;
+const MTU: &str = "1400";
+const MAC: &str = "02:00:0a:d5:00:02";
+
+/// A named network namespace with `eth0`, whose other end is on a bridge of the host. Names and addresses have the
+/// process id in them, so that suites can run side by side.
+struct Netns {
+    name: String,
+    bridge: String,
+    net: String,
+    net6: String,
+}
+
+impl Netns {
+    fn new() -> Self {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let id = std::process::id() % 100_000 * 10 + MADE.fetch_add(1, Ordering::Relaxed);
+        let netns = Self {
+            name: format!("cella-test-{id}"),
+            bridge: format!("cb{id}"),
+            net: format!("10.213.{}", id % 256),
+            net6: format!("fd13:{:x}:", id & 0xffff),
+        };
+        let Self {
+            name,
+            bridge,
+            net,
+            net6,
+        } = &netns;
+        ip(&format!(
+            "netns add {name}\n\
+             link add {bridge} type bridge\n\
+             link add cv{id} mtu {MTU} type veth peer name eth0 mtu {MTU} address {MAC} netns {name}\n\
+             link set cv{id} master {bridge} up\n\
+             link set {bridge} mtu {MTU} up\n\
+             address add {net}.1/24 dev {bridge}\n\
+             address add {net6}:1/64 dev {bridge} nodad\n\
+             -n {name} link set lo up\n\
+             -n {name} link set eth0 up\n\
+             -n {name} address add {net}.2/24 dev eth0\n\
+             -n {name} address add {net6}:2/64 dev eth0 nodad\n\
+             -n {name} route add default via {net}.1\n\
+             -n {name} -6 route add default via {net6}:1\n"
+        ));
+        netns
+    }
+
+    fn path(&self) -> String {
+        format!("/run/netns/{}", self.name)
+    }
+
+    /// Its interfaces and what filters are on them.
+    fn state(&self) -> String {
+        let script = "ip -o link | cut -d' ' -f1-3; tc qdisc; tc filter show dev eth0 ingress";
+        let said = Command::new("ip")
+            .args(["netns", "exec", &self.name, "sh", "-c", script])
+            .output()
+            .unwrap();
+        assert!(said.status.success(), "{said:?}");
+        String::from_utf8(said.stdout).unwrap()
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        // The pair goes with either end.
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
+        let _ = Command::new("ip")
+            .args(["link", "del", &self.bridge])
+            .status();
+    }
+}
+
+/// Runs lines of ip(8) commands.
+#[track_caller]
+fn ip(lines: &str) {
+    for line in lines.lines() {
+        let status = Command::new("ip").args(line.split_whitespace()).status();
+        assert!(status.unwrap().success(), "ip {line}");
+    }
+}
+
+const HYPERVISORS: [&str; 2] = ["kvm", "qemu"];
+
+/// A host whose sandboxes run on `hypervisor`, unless the machine lacks something.
+fn host(hypervisor: &str) -> Option<Host> {
+    let missing = match Command::new("ip").arg("-V").output() {
+        Err(_) => Some("ip (iproute2)".to_owned()),
+        Ok(_) => missing_for(hypervisor),
+    };
+    match missing {
+        Some(missing) => {
+            skip(&missing);
+            None
+        }
+        None => Some(Host::on(hypervisor)),
+    }
+}
+
+#[test]
+fn what_cannot_be_joined_is_refused() {
+    for host in HYPERVISORS.iter().filter_map(|name| host(name)) {
+        let image = host.busybox();
+        let run = |path: &str| host.cella(&["run", "--netns", path, &image, "true"]);
+        run("/run/netns/none").expect_failure(&["/run/netns/none", "No such file"]);
+        run("/etc/passwd").expect_failure(&["/etc/passwd", "no network namespace"]);
+        run("/proc/self/ns/net").expect_failure(&["the host's own"]);
+        run("/proc/self/ns/mnt").expect_failure(&["no network namespace"]);
+        host.assert_clean();
+    }
+}
+
+#[test]
+fn a_boot_that_fails_leaves_the_namespace_as_it_was() {
+    for host in HYPERVISORS.iter().filter_map(|name| host(name)) {
+        let netns = Netns::new();
+        let before = netns.state();
+        let image = host.busybox();
+        let mut command = host.command(&["run", "--netns", &netns.path(), &image, "true"]);
+        let nothing = host.path("nothing");
+        fs::create_dir(&nothing).unwrap();
+        command.env("CELLA_LIBEXEC_DIR", &nothing);
+        let said = cella_tests::finish(command.spawn().unwrap(), &[]);
+        said.expect_failure(&["nothing"]);
+        assert_eq!(netns.state(), before);
+        host.assert_clean();
+    }
+}
+
+#[test]
+fn a_pod_has_the_network_of_its_namespace_on_kvm() {
+    let Some(host) = host("kvm") else { return };
+    a_pod_has_the_network_of_its_namespace(&host, &Netns::new());
+}
+
+#[test]
+fn a_pod_has_the_network_of_its_namespace_on_qemu() {
+    let Some(host) = host("qemu") else { return };
+    let netns = Netns::new();
+    a_pod_has_the_network_of_its_namespace(&host, &netns);
+
+    // And again in the same namespace; then in one without interfaces.
+    let image = host.busybox();
+    let run = |script: &str| {
+        let args = ["run", "--netns", &netns.path(), &image, "sh", "-c", script];
+        host.cella(&args).expect_status(0).stdout
+    };
+    run(&format!("ping -c 1 -W 20 {}.1", netns.net));
+    ip(&format!("-n {} link del eth0", netns.name));
+    assert_eq!(run("ls /sys/class/net").trim(), "lo");
+    host.assert_clean();
+}
+
+fn a_pod_has_the_network_of_its_namespace(host: &Host, netns: &Netns) {
+    let before = netns.state();
+    let image = host.busybox();
+    let data = host.path("data");
+    fs::create_dir(&data).unwrap();
+    let volume = format!("{}:/data", data.display());
+    let options = ["--pod", "pod", "-d", "--name", "c", "-v", &volume];
+    let start = |path: &str| {
+        let args = [
+            &["run", "--netns", path],
+            &options[..],
+            &[&image, "sleep", "1000"],
+        ];
+        host.cella(&args.concat())
+    };
+    start(&netns.path()).expect_status(0);
+    let sh = |script: &str| {
+        let said = host.cella(&["exec", "c", "sh", "-c", script]);
+        said.expect_status(0).stdout
+    };
+
+    the_interface_is_the_same(netns, &sh);
+    let (net, net6) = (&netns.net, &netns.net6);
+    sh(&format!(
+        "ping -c 1 -W 20 {net}.1 && ping -c 1 -W 20 {net6}:1"
+    ));
+    a_mebibyte_goes_each_way(host, netns, &data);
+
+    a_port_is_forwarded(host, netns);
+
+    // One sandbox a namespace.
+    let path = netns.path();
+    let second = host.cella(&["run", "--netns", &path, &image, "true"]);
+    second.expect_failure(&[&path, "another sandbox uses it"]);
+
+    // The owner is killed: the VMM goes with it, and `cella gc` clears the namespace.
+    let state = fs::read_to_string(host.path("run/pod/sandbox.json")).unwrap();
+    let owner = state.split("\"owner\"").nth(1).unwrap();
+    let pid = owner.split("\"pid\": ").nth(1).unwrap();
+    let pid: String = pid.chars().take_while(char::is_ascii_digit).collect();
+    let killed = Command::new("kill").args(["-9", &pid]).status().unwrap();
+    assert!(killed.success());
+    until(|| !netns.state().contains("cella0")).expect("the tap goes with its descriptors");
+    host.cella(&["gc"]).expect_status(0);
+    assert_eq!(netns.state(), before);
+    // Its runner has removed the record, unless `cella gc` was faster and kept it.
+    host.cella(&["rm", "c"]);
+    host.assert_clean();
+}
+
+fn the_interface_is_the_same(netns: &Netns, sh: &dyn Fn(&str) -> String) {
+    let (net, net6) = (&netns.net, &netns.net6);
+    let said = sh(
+        "cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address; ip -o addr show dev eth0; ip route; ip -6 route; cat /etc/resolv.conf",
+    );
+    for part in [
+        format!("{MTU}\n{MAC}\n"),
+        format!("{net}.2/24"),
+        format!("{net6}:2/64"),
+        format!("default via {net}.1 dev eth0"),
+        format!("default via {net6}:1 dev eth0"),
+    ] {
+        assert!(said.contains(&part), "no {part:?} in {said}");
+    }
+    let servers = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    for line in servers.lines().filter(|line| !line.contains(" 127.")) {
+        assert!(said.contains(line), "no {line:?} in {said}");
+    }
+}
+
+/// Each side listens once. What is sent and what arrives are files of a volume, so that the guest need not compute.
+fn a_mebibyte_goes_each_way(host: &Host, netns: &Netns, data: &std::path::Path) {
+    let mut random = vec![0; BYTES];
+    let urandom = fs::File::open("/dev/urandom");
+    urandom.unwrap().read_exact(&mut random).unwrap();
+    fs::write(data.join("out"), &random).unwrap();
+
+    let listener = TcpListener::bind(format!("{}.1:0", netns.net)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let receiving = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        listener
+            .accept()
+            .unwrap()
+            .0
+            .read_to_end(&mut bytes)
+            .unwrap();
+        bytes
+    });
+    let send = format!("nc {}.1 {port} < /data/out", netns.net);
+    host.cella(&["exec", "c", "sh", "-c", &send])
+        .expect_status(0);
+    assert!(receiving.join().unwrap() == random, "guest to host");
+
+    let listen = ["exec", "c", "sh", "-c", "nc -l -p 5000 > /data/in"];
+    let child = host.command(&listen).spawn().unwrap();
+    let mut stream = None;
+    until(|| {
+        stream = TcpStream::connect(format!("{}.2:5000", netns.net)).ok();
+        stream.is_some()
+    })
+    .expect("the guest listens");
+    let mut stream = stream.unwrap();
+    stream.write_all(&random).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    cella_tests::finish(child, &[]).expect_status(0);
+    assert!(
+        fs::read(data.join("in")).unwrap() == random,
+        "host to guest"
+    );
+}
+
+/// As containerd does it: `localhost` is dialled inside of the namespace, and the pod listens.
+fn a_port_is_forwarded(host: &Host, netns: &Netns) {
+    let listen = ["exec", "c", "sh", "-c", "echo answer | nc -l -p 6000"];
+    let child = host.command(&listen).spawn().unwrap();
+    let dial = |port: &str| {
+        let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port} && echo question >&3 && cat <&3");
+        let command = ["netns", "exec", &netns.name, "bash", "-c", &script];
+        let said = Command::new("ip").args(command).output().unwrap();
+        String::from_utf8(said.stdout).unwrap()
+    };
+    let mut answer = String::new();
+    until(|| {
+        answer = dial("6000");
+        !answer.is_empty()
+    });
+    assert_eq!(answer, "answer\n");
+    let said = cella_tests::finish(child, &[]).expect_status(0);
+    assert_eq!(said.stdout, "question\n");
+    assert_eq!(dial("6001"), "", "nobody listens there");
+}
+
+/// Waits for something that comes in its own time.
+fn until(mut is_so: impl FnMut() -> bool) -> Option<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        if Instant::now() > deadline {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Some(())
+}
