@@ -7,6 +7,7 @@ use cella_proto::agent::{Interface, InterfaceStats, Neighbor, Route};
 
 mod address;
 mod netlink;
+mod slots;
 #[cfg(test)]
 mod tests;
 
@@ -75,6 +76,10 @@ pub fn set_up(
         return Ok(());
     }
     let mut links = links(&mut netlink)?;
+    if !all_there(&links, interfaces) {
+        slots::look_again();
+        links = self::links(&mut netlink)?;
+    }
     for interface in interfaces {
         set_up_interface(&mut netlink, &mut links, interface)?;
     }
@@ -115,6 +120,14 @@ pub fn statistics() -> Result<Vec<InterfaceStats>, Error> {
             })
         })
         .collect())
+}
+
+/// Whether each interface has its device. One that has no proper address is another step's to refuse.
+fn all_there(links: &[Link], interfaces: &[Interface]) -> bool {
+    interfaces.iter().all(|interface| {
+        Mac::parse("hardware address", &interface.hardware_address)
+            .is_ok_and(|mac| links.iter().any(|link| link.mac == Some(mac)))
+    })
 }
 
 fn open() -> Result<Netlink, Error> {

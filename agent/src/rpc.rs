@@ -76,7 +76,10 @@ impl Agent {
     /// # Errors
     /// A step that failed; the guest is of no use then.
     pub fn prepare_early(&self) -> Result<(), Error> {
-        self.prepare().map(drop)
+        self.prepare()?;
+        crate::sandbox::prepare()?;
+        lock(&self.sandbox).prepared = true;
+        Ok(())
     }
 
     /// Does what a guest needs before anything but its call to the host, once.

@@ -15,6 +15,8 @@ use crate::network;
 
 /// Where the agent keeps what its pod's containers mount.
 const RUN: &str = "/run/cella";
+/// Where the host's directory is mounted, as its requests say.
+const SHARE: &str = "/run/cella/share";
 /// Size of the pod's /dev/shm when the request does not say, as container runtimes have it.
 const DEFAULT_SHM: u64 = 64 << 20;
 /// Bytes of entropy taken from one request.
@@ -49,17 +51,32 @@ pub enum Error {
     Network(#[from] network::Error),
 }
 
-/// Sets the pod up. What depends on the clock or on random numbers comes after these.
+/// Does what every pod needs and no identity: a template does it once for all of its clones.
+///
+/// # Errors
+///
+/// The first step that failed.
+pub fn prepare() -> Result<(), Error> {
+    mount_shm(0)?;
+    std::fs::create_dir_all(SHARE).map_err(system("making directory", SHARE))?;
+    Ok(network::set_up(&[], &[], &[])?)
+}
+
+/// Sets the pod up. What depends on the clock or on random numbers comes after these. `prepared`: [`prepare`] was called.
 ///
 /// # Errors
 ///
 /// The first step that failed; what was done before it stays done.
-pub fn set_up(request: &SetUpSandboxRequest) -> Result<(), Error> {
+pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error> {
     add_entropy(&request.entropy)?;
     set_clock(request.clock_ns)?;
     set_hostname(&request.hostname)?;
-    mount_shm(request.shm_bytes)?;
-    std::fs::create_dir_all(RUN).map_err(system("making directory", RUN))?;
+    if !prepared {
+        mount_shm(request.shm_bytes)?;
+        std::fs::create_dir_all(RUN).map_err(system("making directory", RUN))?;
+    } else if request.shm_bytes != 0 {
+        resize_shm(request.shm_bytes)?;
+    }
     if !request.resolv_conf.is_empty() {
         let path = Path::new(RUN).join("resolv.conf");
         std::fs::write(&path, &request.resolv_conf)
@@ -69,7 +86,9 @@ pub fn set_up(request: &SetUpSandboxRequest) -> Result<(), Error> {
         mount_in_guest(mount)?;
     }
     set_sysctls(&request.sysctls)?;
-    network::set_up(&request.interfaces, &request.routes, &request.neighbors)?;
+    if !prepared || !request.interfaces.is_empty() || !request.routes.is_empty() {
+        network::set_up(&request.interfaces, &request.routes, &request.neighbors)?;
+    }
     Ok(())
 }
 
@@ -157,6 +176,15 @@ fn mount_shm(bytes: u64) -> Result<(), Error> {
         .to_vec(),
         ..Default::default()
     })
+}
+
+fn resize_shm(bytes: u64) -> Result<(), Error> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let size = format!("size={bytes}\0");
+    let size = std::ffi::CStr::from_bytes_until_nul(size.as_bytes()).unwrap_or_default();
+    rustix::mount::mount_remount("/dev/shm", flags, size)
+        .map_err(io::Error::from)
+        .map_err(system("resizing", "/dev/shm"))
 }
 
 /// Mounts into the agent's own file system, making the mount point.

@@ -12,6 +12,8 @@ use crate::reaper::Reaper;
 #[derive(Default)]
 pub(super) struct State {
     set_up: bool,
+    /// The guest is a template's, or was: what needs no identity is done.
+    pub(super) prepared: bool,
     /// The namespaces that every container of the pod is in, unless its specification names another.
     pub(super) shared: SharedNamespaces,
     /// Keeps the pod's pid namespace alive.
@@ -30,7 +32,7 @@ impl Agent {
                 state: "it is set up already",
             });
         }
-        crate::sandbox::set_up(request)?;
+        crate::sandbox::set_up(request, state.prepared)?;
         if !request.interfaces.is_empty() {
             crate::forward::start(&self.options.transport).map_err(|source| Error::System {
                 what: format!("listening on port {}", crate::forward::PORT),

@@ -174,7 +174,13 @@ pub trait Vm: Send + Sync {
     /// What the machine has cost so far.
     async fn stats(&self) -> Result<Stats, Error>;
     /// Writes the paused machine to `files`, which are empty; the memory's is as long as the memory is.
-    async fn snapshot(&self, files: &SavedVm) -> Result<(), Error>;
+    async fn snapshot(&self, _files: &SavedVm) -> Result<(), Error> {
+        Err(Error::Refused {
+            id: self.pid().to_string(),
+            kind: ErrorKind::Unimplemented,
+            message: "its hypervisor saves no machines".to_owned(),
+        })
+    }
 }
 
 /// Makes virtual machines.
