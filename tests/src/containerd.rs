@@ -259,11 +259,7 @@ impl Containerd {
             .status();
         self.child.wait().unwrap();
         self.host.assert_clean();
-        // CNI leaves the bridge of a network to whoever made the network.
-        let _ = Command::new("ip")
-            .args(["link", "del", &bridge()])
-            .stderr(Stdio::null())
-            .status();
+        delete_bridge();
         let left: Vec<_> = sockets()
             .into_iter()
             .filter(|path| !self.sockets.contains(path) && UnixStream::connect(path).is_err())
@@ -275,6 +271,15 @@ impl Containerd {
 /// The bridge of this process's tests.
 fn bridge() -> String {
     format!("cella{}", std::process::id() % 100_000)
+}
+
+/// CNI leaves the bridge of a network to whoever made the network.
+fn delete_bridge() {
+    let mut command = Command::new("ip");
+    let _ = command
+        .args(["link", "del", &bridge()])
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// The shims' sockets, living or dead.
@@ -299,6 +304,7 @@ impl Drop for Containerd {
         for (pid, _) in self.host.processes() {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
+        delete_bridge();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let ours = self.host.path("");
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));

@@ -201,22 +201,31 @@ fn containers_of_a_pod() {
         (Some(3), "no\n")
     );
 
+    check_network(&daemon, &pod, &two);
+    check_restart(&daemon, &pod, &one);
+    pod.remove();
+    daemon.end();
+}
+
+fn check_network(daemon: &Containerd, pod: &Pod<'_>, two: &str) {
     // The pod's address is its namespace's, and the host reaches it.
     let status = daemon.cri("PodSandboxStatus", &json!({"pod_sandbox_id": pod.id}));
     let ip = status["status"]["network"]["ip"]
         .as_str()
         .unwrap()
         .to_owned();
-    assert!(pod.sh(&two, "ip -4 addr show dev eth0").contains(&ip));
+    assert!(pod.sh(two, "ip -4 addr show dev eth0").contains(&ip));
     let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
-    pod.sh(&two, &format!("ping -c 1 -W 5 {gateway}"));
+    pod.sh(two, &format!("ping -c 1 -W 5 {gateway}"));
+}
 
+fn check_restart(daemon: &Containerd, pod: &Pod<'_>, one: &str) {
     // Stopped gracefully, and restarted in the living sandbox.
     daemon.cri(
         "StopContainer",
         &json!({"container_id": one, "timeout": 30}),
     );
-    let ended = pod.wait_exited(&one);
+    let ended = pod.wait_exited(one);
     assert_eq!(
         ended["exitCode"], 5,
         "SIGTERM came once and was handled: {ended}"
@@ -226,7 +235,7 @@ fn containers_of_a_pod() {
         log.contains("stdout F up\n") && log.contains("stdout F bye\n"),
         "{log}"
     );
-    pod.remove_container(&one);
+    pod.remove_container(one);
     let again = pod.start(
         "one",
         "echo second; exit 0",
@@ -237,7 +246,7 @@ fn containers_of_a_pod() {
         (&ended["exitCode"], &ended["reason"]),
         (&json!(0), &json!("Completed"))
     );
-    assert_eq!(sandbox_state(&daemon, &pod.id), "SANDBOX_READY");
+    assert_eq!(sandbox_state(daemon, &pod.id), "SANDBOX_READY");
     let missing = pod
         .create("missing", "", &json!({"command": ["/no/such"]}))
         .unwrap();
@@ -245,8 +254,6 @@ fn containers_of_a_pod() {
         .try_cri("StartContainer", &json!({"container_id": missing}))
         .unwrap_err();
     assert!(error.contains("/no/such"), "{error}");
-    pod.remove();
-    daemon.end();
 }
 
 #[test]
@@ -390,21 +397,7 @@ fn what_a_container_may_do() {
     assert!(pod.sh(&debug, "ps").contains("sleep 1000"));
     pod.remove();
 
-    // A pid namespace for the whole pod.
-    let shared = json!({"linux": {"security_context": {"namespace_options": {"pid": "POD"}}}});
-    let pod = Pod::run(&daemon, &shared);
-    let one = pod.start("one", "sleep 1001", &shared);
-    let two = pod.start("two", "sleep 1002", &shared);
-    let ps = pod.sh(&two, "ps");
-    assert!(
-        ps.contains("sleep 1001") && ps.contains("sleep 1002"),
-        "{ps}"
-    );
-    daemon.cri("StopContainer", &json!({"container_id": one, "timeout": 0}));
-    assert_eq!(pod.wait_exited(&one)["exitCode"], 137);
-    assert!(!pod.sh(&two, "ps").contains("sleep 1001"));
-    pod.remove();
-
+    check_shared_pids(&daemon);
     for (options, word) in [
         (json!({"network": "NODE"}), "network namespace"),
         (json!({"ipc": "NODE"}), "IPC namespace"),
@@ -416,6 +409,23 @@ fn what_a_container_may_do() {
         assert!(error.contains(word), "{error}");
     }
     daemon.end();
+}
+
+fn check_shared_pids(daemon: &Containerd) {
+    // A pid namespace for the whole pod.
+    let shared = json!({"linux": {"security_context": {"namespace_options": {"pid": "POD"}}}});
+    let pod = Pod::run(daemon, &shared);
+    let one = pod.start("one", "sleep 1001", &shared);
+    let two = pod.start("two", "sleep 1002", &shared);
+    let ps = pod.sh(&two, "ps");
+    assert!(
+        ps.contains("sleep 1001") && ps.contains("sleep 1002"),
+        "{ps}"
+    );
+    daemon.cri("StopContainer", &json!({"container_id": one, "timeout": 0}));
+    assert_eq!(pod.wait_exited(&one)["exitCode"], 137);
+    assert!(!pod.sh(&two, "ps").contains("sleep 1001"));
+    pod.remove();
 }
 
 #[test]

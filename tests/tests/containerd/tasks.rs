@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Stdio;
 
 use super::containerd;
+use cella_tests::containerd::Containerd;
 use cella_tests::finish;
 
 /// Ends with 9 on SIGTERM.
@@ -89,31 +90,7 @@ fn a_task_and_its_processes_from_create_to_delete() {
     daemon.run_detached("task", &["sh", "-c", TRAP]);
     assert_eq!(daemon.status("task").as_deref(), Some("RUNNING"));
 
-    let exec = |id: &str, script: &str| {
-        daemon.ctr(&["task", "exec", "--exec-id", id, "task", "sh", "-c", script])
-    };
-    let said = exec("e1", "echo out; echo err >&2; exit 3");
-    assert_eq!(
-        (said.status, said.stdout.as_str(), said.stderr.as_str()),
-        (3, "out\n", "err\n")
-    );
-    let cat = ["task", "exec", "--exec-id", "e2", "task", "cat"];
-    let input = "0123456789\n".repeat(20_000);
-    let said = daemon
-        .ctr_with_input(&cat, input.as_bytes())
-        .expect_status(0);
-    assert!(
-        said.stdout == input,
-        "{} bytes of {}",
-        said.stdout.len(),
-        input.len()
-    );
-    let said = daemon.ctr(&["task", "exec", "--exec-id", "e3", "task", "/nonexistent"]);
-    assert!(
-        said.status != 0 && said.stderr.contains("/nonexistent"),
-        "{said:?}"
-    );
-
+    check_execs(&daemon);
     check_cost(daemon.shims()[0]);
     let said = daemon.ctr(&["task", "ps", "task"]).expect_status(0);
     assert!(said.stdout.lines().count() >= 2, "{said:?}");
@@ -165,6 +142,33 @@ fn a_task_and_its_processes_from_create_to_delete() {
     daemon.remove("task");
     check_events(events);
     daemon.end();
+}
+
+fn check_execs(daemon: &Containerd) {
+    let exec = |id: &str, script: &str| {
+        daemon.ctr(&["task", "exec", "--exec-id", id, "task", "sh", "-c", script])
+    };
+    let said = exec("e1", "echo out; echo err >&2; exit 3");
+    assert_eq!(
+        (said.status, said.stdout.as_str(), said.stderr.as_str()),
+        (3, "out\n", "err\n")
+    );
+    let cat = ["task", "exec", "--exec-id", "e2", "task", "cat"];
+    let input = "0123456789\n".repeat(20_000);
+    let said = daemon
+        .ctr_with_input(&cat, input.as_bytes())
+        .expect_status(0);
+    assert!(
+        said.stdout == input,
+        "{} bytes of {}",
+        said.stdout.len(),
+        input.len()
+    );
+    let said = daemon.ctr(&["task", "exec", "--exec-id", "e3", "task", "/nonexistent"]);
+    assert!(
+        said.status != 0 && said.stderr.contains("/nonexistent"),
+        "{said:?}"
+    );
 }
 
 /// Of the first life of the task: complete and in order.
