@@ -10,6 +10,7 @@ pub mod events;
 pub mod forward;
 pub mod guest;
 pub mod icount;
+pub mod identity;
 pub mod info;
 pub mod network;
 pub mod power;

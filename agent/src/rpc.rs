@@ -18,7 +18,7 @@ use crate::events::Events;
 use crate::reaper::Reaper;
 use crate::server::Options;
 use crate::workers::{Slot, Workers};
-use crate::{guest, info, power};
+use crate::{guest, identity, info, power};
 
 mod container;
 mod process;
@@ -293,6 +293,12 @@ impl agent_ttrpc::Agent for Service {
     async fn info(&self, _: &TtrpcContext, _: Empty) -> Reply<proto::InfoResponse> {
         self.0.prepare()?;
         Ok(info::info()?)
+    }
+
+    async fn identity(&self, _: &TtrpcContext, _: Empty) -> Reply<proto::IdentityResponse> {
+        self.0.prepare()?;
+        self.0.refuse_without_identity("drawing the identity of")?;
+        Ok(identity::identity()?)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Reply<Empty> {

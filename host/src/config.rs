@@ -30,6 +30,8 @@ pub struct Config {
     pub template: bool,
     /// What templates may take on disk, bytes.
     pub template_limit: u64,
+    /// How many idle clones wait for sandboxes of this file's own shape.
+    pub pool: u32,
     /// What the guest itself needs beside a pod's memory limit, bytes.
     pub overhead_bytes: u64,
     /// The keys of this file that a pod's `io.cella.*` annotations may set.
@@ -39,10 +41,12 @@ pub struct Config {
 /// The environment variable that says whether sandboxes are cloned from templates, `true` or `false`, over every file: for
 /// tests and measurements.
 const TEMPLATE_VARIABLE: &str = "CELLA_TEMPLATE";
+/// The most idle clones.
+const MAX_POOL: u32 = 256;
 /// The prefix of annotations that set a key of the configuration for one pod.
 pub const ANNOTATION: &str = "io.cella.";
 /// The keys of a configuration file.
-const KEYS: [&str; 8] = [
+const KEYS: [&str; 9] = [
     "hypervisor",
     "memory",
     "cpus",
@@ -51,6 +55,7 @@ const KEYS: [&str; 8] = [
     "annotations",
     "template",
     "template_limit",
+    "pool",
 ];
 /// The keys that make sense for one pod.
 const POD_KEYS: [&str; 4] = ["hypervisor", "memory", "cpus", "kernel_params"];
@@ -64,6 +69,7 @@ impl Default for Config {
             kernel_params: String::new(),
             template: true,
             template_limit: 4 << 30,
+            pool: 0,
             overhead_bytes: 64 << 20,
             annotations: vec!["memory".into(), "cpus".into()],
         }
@@ -81,6 +87,7 @@ struct File {
     overhead: Option<String>,
     template: Option<bool>,
     template_limit: Option<String>,
+    pool: Option<u32>,
     annotations: Option<Vec<String>>,
 }
 
@@ -248,6 +255,12 @@ impl Config {
         }
         if let Some(limit) = file.template_limit {
             self.template_limit = size::parse(&limit).map_err(|e| e.to_string())?;
+        }
+        if let Some(pool) = file.pool {
+            if pool > MAX_POOL {
+                return Err(format!("pool: {pool} are more than {MAX_POOL}"));
+            }
+            self.pool = pool;
         }
         if let Some(cpus) = file.cpus {
             self.cpus = cpus;

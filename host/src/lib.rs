@@ -10,6 +10,7 @@
 //! | [`network`] | a pod's network: the interfaces of a network namespace become the guest's |
 //! | [`sandbox`] | one virtual machine, its agent, and the containers in it |
 //! | [`template`] | booted guests saved once, from which sandboxes are cloned |
+//! | [`pool`] | idle clones that wait for whoever needs one |
 //! | [`container`] | the records of the command line's containers |
 //! | [`timeline`] | when each phase of a start began |
 //! | [`cli`] | the `cella` command |
@@ -23,6 +24,7 @@ pub mod hypervisor;
 pub mod image;
 pub mod network;
 pub mod paths;
+pub mod pool;
 pub mod sandbox;
 pub mod shim;
 pub mod size;

@@ -3,11 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::ErrorKind;
 use crate::sandbox::Error;
 
 /// The directories and files that Cella uses on a host.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
 pub struct Paths {
     /// Sandboxes that exist: sockets, mounts, state
     #[arg(

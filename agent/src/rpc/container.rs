@@ -26,6 +26,7 @@ impl Agent {
         &self,
         request: &proto::CreateContainerRequest,
     ) -> Result<u32, Error> {
+        self.refuse_without_identity("creating a container in")?;
         let id = checked_id("container id", &request.container_id)?;
         let spec: Spec = parse("the OCI specification", &request.spec)?;
         let birth = Arc::new(Birth::default());

@@ -46,6 +46,19 @@ impl Agent {
         Ok(())
     }
 
+    /// Refuses what a guest must not do that every clone of it would find done: to begin with containers, or to draw
+    /// what its kernel draws once.
+    pub(super) fn refuse_without_identity(&self, operation: &'static str) -> Result<(), Error> {
+        if !self.options.template || lock(&self.sandbox).set_up {
+            return Ok(());
+        }
+        Err(Error::State {
+            operation,
+            what: "the sandbox".to_owned(),
+            state: "it is a template's, and was not set up",
+        })
+    }
+
     /// The namespaces that a container shares with its pod; with `pod_pids`, the pod's pids are among them.
     pub(super) fn shared_namespaces(&self, pod_pids: bool) -> Result<SharedNamespaces, Error> {
         let reaper = &self.prepare()?.reaper;

@@ -13,7 +13,7 @@ use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::gc;
 use crate::sandbox::state::{ContainerState, Status};
 use crate::spec::{self, parse_signal};
-use crate::template;
+use crate::{pool, template};
 
 /// How long a container's runner may take to settle its end after it was killed.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -109,6 +109,11 @@ pub async fn rm(context: &Context, args: RmArgs) -> Result<u8, Error> {
 pub fn gc(context: &Context) -> Result<u8, Error> {
     for line in gc::collect(&context.paths)? {
         println!("{line}");
+    }
+    if pool::keeper::collect(&context.paths)
+        .map_err(|e| Error::host("removing what a dead pool's keeper left", e))?
+    {
+        println!("pool: its keeper is dead");
     }
     for line in template::Store::new(&context.paths).collect()? {
         println!("{line}");

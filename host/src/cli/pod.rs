@@ -5,13 +5,14 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::path::PathBuf;
 
-use super::{Context, Error, background, dns, template};
+use super::{Context, Error, background, dns};
 use crate::config::Config;
 use crate::hypervisor;
 use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
-use crate::sandbox::{Sandbox, SandboxSpec, TemplateUse};
+use crate::sandbox::{Sandbox, SandboxSpec};
 use crate::size;
+use crate::template;
 use crate::timeline::Timeline;
 
 /// The virtual machine's shape.
@@ -68,6 +69,7 @@ pub async fn boot(
         cmdline: config.kernel_params.clone(),
         console: console(context)?,
         template: config.template,
+        pool: config.pool > 0,
         netns: machine.netns.clone(),
         resolv_conf: machine
             .netns
@@ -77,10 +79,7 @@ pub async fn boot(
     timeline.mark("vm-spawning");
     let dir = SandboxDir::new(&context.paths, id)?;
     let sandbox = Sandbox::boot(&context.paths, dir, hypervisor.as_ref(), spec, timeline).await?;
-    if let Some(TemplateUse::Wanted(shape)) = sandbox.template_use() {
-        // When this sandbox is there: it was in a hurry, the next one's template is not.
-        template::build_in_background(context, shape);
-    }
+    template::background::provide(&context.paths, config, &sandbox);
     Ok(sandbox)
 }
 

@@ -1,10 +1,9 @@
 //! `cella template`: booted guests saved once, from which sandboxes are cloned.
 
-use std::ffi::OsString;
 use std::time::Instant;
 
 use super::pod::{self, MachineArgs};
-use super::{Context, Error, background};
+use super::{Context, Error};
 use crate::config::Config;
 use crate::error::ErrorKind;
 use crate::hypervisor;
@@ -63,8 +62,6 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
 }
 
 async fn build(context: &Context, machine: &MachineArgs) -> Result<(), Error> {
-    // Whoever runs this in the background waits for its start alone.
-    background::report_ready();
     let config = Config::load(&context.paths)?;
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
     let choice =
@@ -124,25 +121,4 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
 
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes >> 20)
-}
-
-/// Has another process build the template of `shape`, for the next sandbox like it. That it cannot be started is no
-/// failure of this one.
-pub(super) fn build_in_background(context: &Context, shape: &Shape) {
-    let mut arguments: Vec<OsString> = ["template", "build", "--hypervisor", "kvm"]
-        .map(OsString::from)
-        .to_vec();
-    arguments.extend(
-        [
-            "--memory",
-            &shape.memory_bytes.to_string(),
-            "--cpus",
-            &shape.vcpus.to_string(),
-        ]
-        .map(OsString::from),
-    );
-    pod::add_paths(&mut arguments, &context.paths);
-    if let Err(error) = background::spawn(&arguments, &[]) {
-        tracing::debug!("building a template in the background: {error}");
-    }
 }

@@ -34,6 +34,7 @@ pub(super) struct Channel {
     ended: watch::Receiver<Option<Ended>>,
     started: watch::Receiver<Option<u64>>,
     reader: tokio::task::JoinHandle<()>,
+    given_away: bool,
 }
 
 impl Channel {
@@ -59,7 +60,17 @@ impl Channel {
             ended,
             started,
             reader,
+            given_away: false,
         })
+    }
+
+    /// The socket, for another process: the end of this channel is no longer the VMM's. To be called when no call is
+    /// under way; what the VMM says from now on is read by whoever gets it.
+    pub(super) fn give_away(&mut self) -> io::Result<OwnedFd> {
+        let socket = self.socket.get_ref().try_clone()?;
+        self.reader.abort();
+        self.given_away = true;
+        Ok(socket)
     }
 
     /// Sends one request with `fds` and waits for what the VMM answers.
@@ -162,6 +173,9 @@ impl Channel {
 impl Drop for Channel {
     fn drop(&mut self) {
         self.reader.abort();
+        if self.given_away {
+            return;
+        }
         // The reader holds the socket too, until its task is dropped: end the connection at once.
         let _ = rustix::net::shutdown(self.socket.as_fd(), rustix::net::Shutdown::Both);
     }

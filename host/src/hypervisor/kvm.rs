@@ -10,7 +10,7 @@ use cella_proto::vmm::{Configure, Device, Fs, Net, Restore, Rng, Vsock, device};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::{self, GUEST_CID, SHARE_TAG, open};
-use super::{Error, Hypervisor, Nic, SavedVm, Vm, VmSpec};
+use super::{Error, HandedVm, Hypervisor, Nic, SavedVm, Vm, VmSpec};
 
 /// The hypervisor of this module.
 pub struct Kvm;
@@ -51,6 +51,10 @@ impl Hypervisor for Kvm {
         fds.push(saved.state.as_fd());
         vm.start(configure, &fds).await?;
         Ok(Box::new(vm))
+    }
+
+    fn take_over(&self, id: &str, handed: HandedVm) -> Result<Box<dyn Vm>, Error> {
+        Ok(Box::new(process::take_over(id, handed)?))
     }
 }
 

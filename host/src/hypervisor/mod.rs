@@ -158,6 +158,17 @@ pub struct SavedVm {
     pub memory: File,
 }
 
+/// A machine between two owners. Dropping it ends the machine, which ends with its control socket.
+#[derive(Debug)]
+pub struct HandedVm {
+    /// The owner's end of `vmm.proto`'s socket; no call is under way on it.
+    pub control: OwnedFd,
+    /// The VMM, for whoever waits for its end.
+    pub pidfd: OwnedFd,
+    /// Its process id.
+    pub pid: u32,
+}
+
 /// A running virtual machine. Dropping it ends it.
 #[async_trait]
 pub trait Vm: Send + Sync {
@@ -181,6 +192,10 @@ pub trait Vm: Send + Sync {
             message: "its hypervisor saves no machines".to_owned(),
         })
     }
+    /// What another process needs to be its owner; nothing, and the machine ends, if it cannot have another.
+    fn hand_over(self: Box<Self>) -> Option<HandedVm> {
+        None
+    }
 }
 
 /// Makes virtual machines.
@@ -201,6 +216,14 @@ pub trait Hypervisor: Send + Sync {
             id: spec.id.clone(),
             kind: ErrorKind::Unimplemented,
             message: format!("{} restores no saved machines", self.name()),
+        })
+    }
+    /// Owns a machine that another process has handed over, as the one of sandbox `id`.
+    fn take_over(&self, id: &str, _handed: HandedVm) -> Result<Box<dyn Vm>, Error> {
+        Err(Error::Refused {
+            id: id.to_owned(),
+            kind: ErrorKind::Unimplemented,
+            message: format!("{} takes no machines over", self.name()),
         })
     }
 }

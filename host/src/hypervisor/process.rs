@@ -15,7 +15,7 @@ use cella_proto::vmm::{Configure, Snapshot, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
-use super::{Ended, Error, SavedVm, Vm, VmSpec};
+use super::{Ended, Error, HandedVm, SavedVm, Vm, VmSpec};
 
 /// The guest's vsock address. Every guest has the same: no two share a host socket.
 pub(super) const GUEST_CID: u64 = 3;
@@ -38,6 +38,8 @@ pub(super) struct VmmProcess {
     channel: Channel,
     pid: u32,
     pidfd: OwnedFd,
+    /// It is another's by now: its end is not this one's.
+    handed_over: bool,
 }
 
 #[async_trait]
@@ -87,6 +89,17 @@ impl Vm for VmmProcess {
         self.channel.call(call, &fds).await.map(drop)
     }
 
+    fn hand_over(mut self: Box<Self>) -> Option<HandedVm> {
+        let pidfd = self.pidfd.try_clone().ok()?;
+        let control = self.channel.give_away().ok()?;
+        self.handed_over = true;
+        Some(HandedVm {
+            control,
+            pidfd,
+            pid: self.pid,
+        })
+    }
+
     async fn stats(&self) -> Result<Stats, Error> {
         let call = request::Call::GetStats(Default::default());
         match self.channel.call(call, &[]).await? {
@@ -106,6 +119,9 @@ impl Vm for VmmProcess {
 
 impl Drop for VmmProcess {
     fn drop(&mut self) {
+        if self.handed_over {
+            return;
+        }
         kill(self.pidfd.as_fd());
         reap(self.pidfd.as_fd());
     }
@@ -174,6 +190,19 @@ pub(super) fn spawn(
         channel,
         pid,
         pidfd,
+        handed_over: false,
+    })
+}
+
+/// Owns the VMM that another process has handed over. It stays that one's child.
+pub(super) fn take_over(id: &str, handed: HandedVm) -> Result<VmmProcess, Error> {
+    let channel = Channel::new(id, handed.control)
+        .map_err(|e| Error::host(format!("taking the VMM of {id} over"), e))?;
+    Ok(VmmProcess {
+        channel,
+        pid: handed.pid,
+        pidfd: handed.pidfd,
+        handed_over: false,
     })
 }
 

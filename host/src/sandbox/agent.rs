@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use cella_proto::agent::{Event, Exit, Ready, WatchRequest, event};
+use cella_proto::agent::{Event, Exit, Ready, SetUpSandboxRequest, WatchRequest, event};
 use cella_proto::agent_ttrpc::AgentClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -55,7 +55,27 @@ impl Agent {
     /// # Errors
     /// The event stream cannot be opened.
     pub async fn new(stream: UnixStream) -> Result<Self, Error> {
-        let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        Self::watching(client(stream)).await
+    }
+
+    /// Sets the guest up with `request` before it is asked for anything else: a clone must not use what its template
+    /// has left it.
+    ///
+    /// # Errors
+    /// The inner one is the agent's own refusal, which a booted guest would give as well.
+    pub(super) async fn set_up_first(
+        stream: UnixStream,
+        request: &SetUpSandboxRequest,
+    ) -> Result<Result<Self, ttrpc::Error>, Error> {
+        let client = client(stream);
+        match client.set_up_sandbox(Context::default(), request).await {
+            Ok(_) => Self::watching(client).await.map(Ok),
+            Err(refusal @ ttrpc::Error::RpcStatus(_)) => Ok(Err(refusal)),
+            Err(error) => Err(Error::agent("setting up the clone", error)),
+        }
+    }
+
+    async fn watching(client: AgentClient) -> Result<Self, Error> {
         let seen = Arc::new(watch::Sender::new(Seen::default()));
         let sender = Arc::clone(&seen);
         let mut events = client
@@ -147,6 +167,10 @@ impl Agent {
             format!("{action}: the agent is gone: {lost}"),
         ))
     }
+}
+
+fn client(stream: UnixStream) -> AgentClient {
+    AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)))
 }
 
 fn take(seen: &mut Seen, event: Event) {

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use cella_proto::agent::{
-    ContainerRef, CreateContainerRequest, ExecRequest, Exit, InfoResponse, ProcessInfo, ProcessRef,
-    ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    ContainerRef, CreateContainerRequest, ExecRequest, Exit, IdentityResponse, InfoResponse,
+    ProcessInfo, ProcessRef, ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio,
+    UpdateRequest,
 };
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::Context;
@@ -278,6 +279,21 @@ impl Sandbox {
             self.agent
                 .client()
                 .info(Context::default(), &Default::default()),
+            |e| Error::agent(action(), e),
+        )
+        .await
+    }
+
+    /// What the guest has in common with no other.
+    ///
+    /// # Errors
+    /// `Unavailable`: it is gone.
+    pub async fn identity(&self) -> Result<IdentityResponse, Error> {
+        let action = || "asking the agent for the guest's identity".to_owned();
+        self.guard(
+            self.agent
+                .client()
+                .identity(Context::default(), &Default::default()),
             |e| Error::agent(action(), e),
         )
         .await

@@ -13,6 +13,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -35,11 +36,37 @@ pub struct SandboxDir {
 
 /// Held by a sandbox's owner.
 #[derive(Debug)]
-pub struct OwnerLock(#[allow(dead_code, reason = "held for its Drop")] File);
+pub struct OwnerLock(File);
 
 /// Held by a sandbox's owner until the sandbox has booted.
 #[derive(Debug)]
-pub struct BootLock(#[allow(dead_code, reason = "held for its Drop")] File);
+pub struct BootLock(File);
+
+impl OwnerLock {
+    /// That which another process held and has handed over.
+    pub(crate) fn of(file: File) -> Self {
+        Self(file)
+    }
+}
+
+impl BootLock {
+    /// That which another process held and has handed over.
+    pub(crate) fn of(file: File) -> Self {
+        Self(file)
+    }
+}
+
+impl AsFd for OwnerLock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for BootLock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl SandboxDir {
     /// The directory of sandbox `id`, which need not exist.
@@ -60,15 +87,7 @@ impl SandboxDir {
     /// # Errors
     /// `AlreadyExists`: a living owner has it.
     pub fn create(&self) -> Result<(OwnerLock, BootLock), Error> {
-        if self.path.exists() {
-            if self.is_owned() {
-                return Err(Error::state(
-                    ErrorKind::AlreadyExists,
-                    format!("sandbox {} exists already", self.id),
-                ));
-            }
-            self.remove()?;
-        }
+        self.make_room()?;
         let make = |path: &Path, mode| {
             DirBuilder::new()
                 .recursive(true)
@@ -84,6 +103,34 @@ impl SandboxDir {
         make(&self.scratch, 0o700)?;
         self.share_mount()?;
         Ok((lock, booting))
+    }
+
+    /// Makes `other`, whose locks the caller has, this one: its VMM knows its files by themselves, not by their names.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: a living owner has this one.
+    pub(crate) fn adopt(&self, other: &Self) -> Result<(), Error> {
+        self.make_room()?;
+        for (from, to) in [(&other.scratch, &self.scratch), (&other.path, &self.path)] {
+            let action = || format!("making {} {}", from.display(), to.display());
+            // No directory is in the way that is not empty.
+            fs::rename(from, to).map_err(|e| Error::host(action(), e))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what a dead owner left.
+    fn make_room(&self) -> Result<(), Error> {
+        if !self.path.exists() {
+            return Ok(());
+        }
+        if self.is_owned() {
+            return Err(Error::state(
+                ErrorKind::AlreadyExists,
+                format!("sandbox {} exists already", self.id),
+            ));
+        }
+        self.remove()
     }
 
     /// Returns when a sandbox that is booting has booted, or its owner has died.

@@ -66,6 +66,8 @@ pub struct SandboxSpec {
     pub console: Option<File>,
     /// It is cloned from a template if there is one for it.
     pub template: bool,
+    /// An idle clone is claimed if there is one for it.
+    pub pool: bool,
     /// The network namespace whose interfaces the pod gets; without one it has a loopback device only.
     pub netns: Option<PathBuf>,
     /// The text of the containers' /etc/resolv.conf; empty: they keep their image's.
@@ -113,10 +115,26 @@ impl Sandbox {
         spec: SandboxSpec,
         timeline: &Timeline,
     ) -> Result<Self, Error> {
-        let (lock, booting) = dir.create()?;
+        let found = start::Found::look(paths, hypervisor, &spec);
+        let claimed = found.claim(paths, &spec);
+        let (vm, lock, booting) = match claimed.map(|claimed| claimed.settle(&dir)) {
+            Some(Ok((vm, lock, booting))) => (Some(vm), lock, booting),
+            other => {
+                if let Some(Err(error)) = other {
+                    tracing::debug!("claiming an idle sandbox: {error}");
+                }
+                let (lock, booting) = dir.create()?;
+                (None, lock, booting)
+            }
+        };
         // From here on the directory is this call's to remove. The machine, made later, is dropped before.
         let mut unfinished = Unfinished(Some(dir.clone()));
-        let started = start::bring_up(paths, &dir, hypervisor, spec, timeline).await?;
+        let ways = start::Ways {
+            hypervisor,
+            claimed: vm,
+            found,
+        };
+        let started = start::bring_up(paths, &dir, ways, spec, timeline).await?;
         unfinished.0 = None;
         drop(booting);
         Ok(Self {

@@ -13,9 +13,10 @@ use super::forward::Forward;
 use super::state::{self, ProcessId, SandboxState};
 use super::{Error, GUEST_SHARE, SandboxSpec};
 use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor, Nic, SavedVm, Vm, VmSpec};
+use crate::hypervisor::{self, HandedVm, Hypervisor, Nic, SavedVm, Vm, VmSpec};
 use crate::network::{Entrance, Network};
 use crate::paths::Paths;
+use crate::pool::{self, Claimed};
 use crate::template::{self, Key, Shape, Store};
 use crate::timeline::Timeline;
 
@@ -30,6 +31,8 @@ const CLONE_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum TemplateUse {
     /// It is a clone.
     Cloned,
+    /// It is a clone that waited in the pool.
+    Claimed,
     /// It was booted; with a template of this shape it could have been a clone.
     Wanted(Shape),
     /// It was booted, and another one like it will be.
@@ -49,7 +52,7 @@ pub(super) struct Started {
 pub(super) async fn bring_up(
     paths: &Paths,
     dir: &SandboxDir,
-    hypervisor: &dyn Hypervisor,
+    ways: Ways<'_>,
     spec: SandboxSpec,
     timeline: &Timeline,
 ) -> Result<Started, Error> {
@@ -65,7 +68,7 @@ pub(super) async fn bring_up(
     let state = SandboxState {
         id: dir.id().to_owned(),
         pod: spec.pod,
-        hypervisor: hypervisor.name().to_owned(),
+        hypervisor: ways.hypervisor.name().to_owned(),
         owner: ProcessId::own(),
         vmm: ProcessId::own(),
         vcpus: spec.vcpus,
@@ -73,23 +76,26 @@ pub(super) async fn bring_up(
         resolv_conf: !spec.resolv_conf.is_empty(),
         created: state::now(),
     };
-    let found = Found::look(paths, hypervisor, &spec);
     let vm_spec = vm_spec(paths, dir, spec, nics);
     let mut start = Start {
         dir,
-        hypervisor,
+        hypervisor: ways.hypervisor,
         timeline,
         state,
+        request,
     };
-    let (vm, agent, template) = start
-        .clone_or_boot(paths, found, vm_spec, &listener)
-        .await?;
-    personalize(&mut request)?;
-    agent
-        .client()
-        .set_up_sandbox(Context::default(), &request)
-        .await
-        .map_err(|e| Error::agent(format!("setting up sandbox {}", dir.id()), e))?;
+    let claimed = match ways.claimed {
+        Some(handed) => start.claimed(handed).await,
+        None => None,
+    };
+    let (vm, agent, template) = match claimed {
+        Some((vm, agent)) => (vm, agent, TemplateUse::Claimed),
+        None => {
+            start
+                .clone_or_boot(paths, ways.found, vm_spec, &listener)
+                .await?
+        }
+    };
     timeline.mark("sandbox-set-up");
     let forward = entrance.map(|entrance| Forward::start(entrance, &dir.vsock()));
     Ok(Started {
@@ -100,15 +106,31 @@ pub(super) async fn bring_up(
     })
 }
 
+/// The ways to a machine, the quickest first.
+pub(super) struct Ways<'a> {
+    pub(super) hypervisor: &'a dyn Hypervisor,
+    /// An idle clone that is this process's.
+    pub(super) claimed: Option<HandedVm>,
+    pub(super) found: Found,
+}
+
 /// What there is to clone.
-enum Found {
+pub(super) enum Found {
     Template(Key, Shape, SavedVm),
     Missing(Shape),
     Nothing,
 }
 
 impl Found {
-    fn look(paths: &Paths, hypervisor: &dyn Hypervisor, spec: &SandboxSpec) -> Self {
+    /// An idle clone of it. Those of the pool have no network interfaces.
+    pub(super) fn claim(&self, paths: &Paths, spec: &SandboxSpec) -> Option<Claimed> {
+        match self {
+            Self::Template(key, ..) if spec.pool && spec.netns.is_none() => pool::claim(paths, key),
+            _ => None,
+        }
+    }
+
+    pub(super) fn look(paths: &Paths, hypervisor: &dyn Hypervisor, spec: &SandboxSpec) -> Self {
         // A console is a device that a template does not have.
         if !spec.template || !hypervisor.saves() || spec.console.is_some() {
             return Self::Nothing;
@@ -148,7 +170,11 @@ struct Start<'a> {
     hypervisor: &'a dyn Hypervisor,
     timeline: &'a Timeline,
     state: SandboxState,
+    request: SetUpSandboxRequest,
 }
+
+/// A guest that is set up, or its agent's refusal to, which another guest would give as well.
+type SetUp = Result<(Box<dyn Vm>, Agent), ttrpc::Error>;
 
 impl Start<'_> {
     /// A clone, if there is a template that serves; a booted machine otherwise.
@@ -161,7 +187,8 @@ impl Start<'_> {
     ) -> Result<(Box<dyn Vm>, Agent, TemplateUse), Error> {
         let template = match found {
             Found::Template(key, shape, saved) => match self.clone_from(&spec, &saved).await {
-                Ok((vm, agent)) => return Ok((vm, agent, TemplateUse::Cloned)),
+                Ok(Ok((vm, agent))) => return Ok((vm, agent, TemplateUse::Cloned)),
+                Ok(Err(refusal)) => return Err(self.refused(refusal)),
                 Err(error) => {
                     let key_text = key.as_str();
                     tracing::warn!("cloning template {key_text}: {error}; booting instead");
@@ -177,29 +204,46 @@ impl Start<'_> {
         Ok((vm, agent, template))
     }
 
-    /// Restores the saved machine, and calls the agent that waits in it.
-    async fn clone_from(
-        &mut self,
-        spec: &VmSpec,
-        saved: &SavedVm,
-    ) -> Result<(Box<dyn Vm>, Agent), Error> {
+    /// Restores the saved machine, and gives the agent that waits in it its identity before anything else.
+    async fn clone_from(&mut self, spec: &VmSpec, saved: &SavedVm) -> Result<SetUp, Error> {
         let vm = self.hypervisor.restore(spec, saved).await?;
-        self.started(vm.as_ref())?;
-        let called = async {
-            let stream = agent::dial(&self.dir.vsock(), agent::AGENT_PORT).await?;
-            Agent::new(stream).await
+        self.identify(vm).await
+    }
+
+    /// An idle clone with its identity, if it lives and takes it.
+    async fn claimed(&mut self, handed: HandedVm) -> Option<(Box<dyn Vm>, Agent)> {
+        let identified = match self.hypervisor.take_over(self.dir.id(), handed) {
+            Ok(vm) => self.identify(vm).await,
+            Err(error) => Err(error.into()),
         };
-        let agent = tokio::select! {
+        match identified {
+            Ok(Ok(identified)) => return Some(identified),
+            Ok(Err(refusal)) => tracing::debug!("an idle sandbox: {refusal}"),
+            Err(error) => tracing::debug!("an idle sandbox: {error}"),
+        }
+        // Its socket is in the way of the next attempt, which says what is wrong if that fails too.
+        let _ = self.clear();
+        None
+    }
+
+    async fn identify(&mut self, vm: Box<dyn Vm>) -> Result<SetUp, Error> {
+        self.started(vm.as_ref())?;
+        let (dir, request) = (self.dir, &mut self.request);
+        let called = async {
+            let stream = agent::dial(&dir.vsock(), agent::AGENT_PORT).await?;
+            personalize(request)?;
+            Agent::set_up_first(stream, request).await
+        };
+        let called = tokio::select! {
             called = tokio::time::timeout(CLONE_TIMEOUT, called) => {
                 called.map_err(|_| late(CLONE_TIMEOUT))??
             }
             ended = vm.wait() => return Err(gone(self.dir, &ended).into()),
         };
-        self.timeline.mark("agent-ready");
-        Ok((vm, agent))
+        Ok(called.map(|agent| (vm, agent)))
     }
 
-    /// Boots a machine, whose agent calls.
+    /// Boots a machine, whose agent calls, and sets its guest up.
     async fn boot(
         &mut self,
         spec: VmSpec,
@@ -213,7 +257,17 @@ impl Start<'_> {
         };
         let started_us = started_us(vm.as_ref()).await;
         self.timeline.ready(agent.ready().await?, started_us);
+        personalize(&mut self.request)?;
+        agent
+            .client()
+            .set_up_sandbox(Context::default(), &self.request)
+            .await
+            .map_err(|refusal| self.refused(refusal))?;
         Ok((vm, agent))
+    }
+
+    fn refused(&self, refusal: ttrpc::Error) -> Error {
+        Error::agent(format!("setting up sandbox {}", self.dir.id()), refusal)
     }
 
     fn started(&mut self, vm: &dyn Vm) -> Result<(), Error> {

@@ -41,6 +41,7 @@ mod stats;
 mod task;
 mod time;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
@@ -50,6 +51,7 @@ use self::args::{Action, Args};
 use crate::error::chain;
 use crate::paths::Paths;
 use crate::sandbox::Error;
+use crate::template;
 
 /// This program.
 const PROGRAM: &str = "containerd-shim-cella-v2";
@@ -58,7 +60,11 @@ const NAME: &str = "io.containerd.cella.v2";
 
 /// Runs the shim with containerd's `arguments`, the program's name among them.
 pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
-    let outcome = Args::parse(arguments.skip(1)).and_then(|args| run(&args));
+    let arguments: Vec<_> = arguments.collect();
+    if let Some(code) = template::background::obey(arguments.iter().map(OsString::from)) {
+        return code;
+    }
+    let outcome = Args::parse(arguments.into_iter().skip(1)).and_then(|args| run(&args));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -23,6 +23,7 @@ use crate::error::ErrorKind;
 use crate::hypervisor;
 use crate::paths::Paths;
 use crate::sandbox::{Error, Sandbox};
+use crate::template;
 use crate::timeline::Timeline;
 
 /// The state of one shim.
@@ -102,7 +103,7 @@ impl Pod {
             spec::refuse_host_namespaces(spec)?;
             let config = settings::with_options(&self.paths, options.or(self.options.as_ref()))?;
             let name = config.hypervisor.clone();
-            let spec = settings::sandbox(config, &self.group, role, spec)?;
+            let spec = settings::sandbox(config.clone(), &self.group, role, spec)?;
             let choice = hypervisor::choose(&name, &self.paths.qemu)?;
             if let Some(warning) = choice.warning {
                 tracing::warn!("{warning}");
@@ -116,7 +117,9 @@ impl Pod {
                 spec,
                 &timeline,
             );
-            made.await.map(Arc::new)
+            let made = made.await?;
+            template::background::provide(&self.paths, &config, &made);
+            Ok(Arc::new(made))
         };
         self.sandbox.get_or_try_init(boot).await.cloned()
     }

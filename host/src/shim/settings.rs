@@ -150,6 +150,7 @@ pub fn sandbox(
         cmdline: config.kernel_params,
         console: None,
         template: config.template,
+        pool: config.pool > 0,
         netns: linux.and_then(netns),
         // Whoever makes containers brings their resolv.conf among their mounts.
         resolv_conf: String::new(),

@@ -129,7 +129,7 @@ async fn warm_up(dir: &SandboxDir) -> Result<(), Error> {
     Ok(())
 }
 
-fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
+pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
     VmSpec {
         id: dir.id().to_owned(),
         vcpus: shape.vcpus,

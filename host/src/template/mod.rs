@@ -8,7 +8,9 @@
 //! | [`key`] | what a template is good for |
 //! | [`store`] | the templates on disk |
 //! | [`build`] | how one is made |
+//! | [`background`] | how one is made for the next sandbox |
 
+pub mod background;
 pub mod build;
 pub mod key;
 pub mod store;

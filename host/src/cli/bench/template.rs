@@ -23,6 +23,7 @@ const ROUNDS: usize = 5;
 pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value>, Error> {
     let config = Config {
         template: true,
+        pool: 0,
         ..Config::load(&context.paths)?
     };
     let machine = &options.machine;
