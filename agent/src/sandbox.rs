@@ -17,6 +17,8 @@ use crate::network;
 const RUN: &str = "/run/cella";
 /// Where the host's directory is mounted, as its requests say.
 const SHARE: &str = "/run/cella/share";
+/// The root of the container that a template's guest rehearses; the host knows it.
+const REHEARSAL: &str = "/run/cella/rehearsal";
 /// Size of the pod's /dev/shm when the request does not say, as container runtimes have it.
 const DEFAULT_SHM: u64 = 64 << 20;
 /// Bytes of entropy taken from one request.
@@ -58,7 +60,9 @@ pub enum Error {
 /// The first step that failed.
 pub fn prepare() -> Result<(), Error> {
     mount_shm(0)?;
-    std::fs::create_dir_all(SHARE).map_err(system("making directory", SHARE))?;
+    for directory in [SHARE, REHEARSAL] {
+        std::fs::create_dir_all(directory).map_err(system("making directory", directory))?;
+    }
     Ok(network::set_up(&[], &[], &[])?)
 }
 

@@ -20,14 +20,20 @@ use crate::streams::Streams;
 const MAX_ID: usize = 128;
 const SIGKILL: i32 = libc::SIGKILL;
 
+/// The container that a template's guest makes, runs and deletes before it is saved: every clone finds what that needed
+/// the first time.
+const REHEARSAL: &str = "rehearsal";
+
 impl Agent {
     /// Makes a container whose init waits for Start. Returns the init's pid.
     pub(super) async fn make_container(
         &self,
         request: &proto::CreateContainerRequest,
     ) -> Result<u32, Error> {
-        self.refuse_without_identity("creating a container in")?;
         let id = checked_id("container id", &request.container_id)?;
+        if id != REHEARSAL {
+            self.refuse_without_identity("creating a container in")?;
+        }
         let spec: Spec = parse("the OCI specification", &request.spec)?;
         let birth = Arc::new(Birth::default());
         let reservation = self.containers.reserve(id, birth.clone())?;

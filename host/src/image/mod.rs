@@ -76,7 +76,7 @@ enum Content {
 
 impl Image {
     /// An image that is a plain directory.
-    fn from_rootfs(dir: &Path) -> Result<Self> {
+    pub(crate) fn from_rootfs(dir: &Path) -> Result<Self> {
         match std::fs::metadata(dir) {
             Ok(meta) if meta.is_dir() => Ok(Self {
                 config: ImageConfiguration::default(),

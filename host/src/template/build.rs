@@ -5,10 +5,12 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 
+use super::rehearsal::rehearse;
 use super::{Error, Key, Shape, Store};
 use crate::hypervisor::{Hypervisor, Vm, VmSpec};
 use crate::paths::Paths;
-use crate::sandbox::agent::{self, AGENT_PORT, Agent};
+use crate::sandbox::Sandbox;
+use crate::sandbox::agent::AGENT_PORT;
 use crate::sandbox::dir::{self, SandboxDir};
 use crate::sandbox::state::{self, ProcessId, SandboxState};
 
@@ -18,9 +20,9 @@ const WORD: &str = "cella_template=1";
 pub const SPARE_SLOTS: u32 = 6;
 /// How long the guest may take to the agent's word.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
-/// How long the guest gets to end the last connection. Nothing depends on it but the time that a clone
-/// would take to end it instead.
-const SETTLE: Duration = Duration::from_millis(300);
+/// How long the guest gets to end the last connection and what it does some time after a container. Nothing depends on
+/// it but the time that a clone would take for it instead.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// What became of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +73,7 @@ async fn save(
     dir: &SandboxDir,
     files: &crate::hypervisor::SavedVm,
 ) -> Result<(), Error> {
-    let (_lock, _booting) = dir.create()?;
+    let (_lock, booting) = dir.create()?;
     let path = dir.sockets().join(AGENT_PORT.to_string());
     let listener = UnixListener::bind(&path).map_err(Error::file("binding", &path))?;
     dir::open_to_vmm(&path)?;
@@ -95,7 +97,8 @@ async fn save(
             return Err(Error::Guest(format!("the guest ended: {}", ended.message)));
         }
     }
-    warm_up(dir).await?;
+    drop(booting);
+    rehearse(&Sandbox::attach(dir.clone()).await?).await?;
     tokio::time::sleep(SETTLE).await;
     save_and_stop(vm.as_ref(), files).await
 }
@@ -120,13 +123,6 @@ async fn wait_for_word(listener: &UnixListener) -> Result<(), Error> {
             BOOT_TIMEOUT.as_secs()
         ))),
     }
-}
-
-/// Asks the agent something once, so that every clone finds the pages that an answer needs. It also shows that it answers.
-async fn warm_up(dir: &SandboxDir) -> Result<(), Error> {
-    let agent = Agent::new(agent::dial(&dir.vsock(), AGENT_PORT).await?).await?;
-    agent.ready().await?;
-    Ok(())
 }
 
 pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {

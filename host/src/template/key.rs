@@ -12,7 +12,7 @@ use super::Error;
 use crate::paths::Paths;
 
 /// Raised when templates are made in another way.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Characters of a key.
 pub const KEY_CHARS: usize = 32;

@@ -8,11 +8,13 @@
 //! | [`key`] | what a template is good for |
 //! | [`store`] | the templates on disk |
 //! | [`build`] | how one is made |
+//! | `rehearsal` | a container before the first |
 //! | [`background`] | how one is made for the next sandbox |
 
 pub mod background;
 pub mod build;
 pub mod key;
+mod rehearsal;
 pub mod store;
 
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use cella_host::sandbox::agent::{self, AGENT_PORT, Agent};
 use cella_host::sandbox::dir::SandboxDir;
 use cella_host::sandbox::{Sandbox, TemplateUse};
-use cella_proto::agent::{IdentityResponse, SetUpSandboxRequest};
+use cella_proto::agent::{CreateContainerRequest, IdentityResponse, SetUpSandboxRequest};
 use ttrpc::context::Context;
 
 use super::here::{Here, block_on};
@@ -173,13 +173,17 @@ fn a_clone_takes_the_time_that_it_is_given_and_does_nothing_before() {
         let stream = agent::dial(&dir.vsock(), AGENT_PORT).await.unwrap();
         let agent = Agent::new(stream).await.unwrap();
         let client = agent.client();
+        let container = CreateContainerRequest {
+            container_id: "early".to_owned(),
+            ..Default::default()
+        };
         let refused = [
             client
                 .identity(Context::default(), &Default::default())
                 .await
                 .map(drop),
             client
-                .create_container(Context::default(), &Default::default())
+                .create_container(Context::default(), &container)
                 .await
                 .map(drop),
         ];
