@@ -277,7 +277,7 @@ fn no_kvm_and_no_right_to_it() {
         command
             .args(["-m", "sh", "-c", hide, "sh"])
             .arg(cella)
-            .args(["run", &image, "true"]);
+            .args(["run", "--hypervisor", "kvm", &image, "true"]);
         host.on_this_host(&mut command);
         command.stdin(Stdio::null());
         finish(command.spawn().unwrap(), b"").expect_failure(&["kvm"]);
