@@ -115,7 +115,6 @@ pub fn not_built() -> Option<String> {
 /// A host's directories for one test. Dropping it stops its pods; [`Host::assert_clean`] checks that nothing was left.
 pub struct Host {
     dir: tempfile::TempDir,
-    templates: bool,
 }
 
 impl Default for Host {
@@ -144,18 +143,9 @@ impl Host {
             .prefix("cella-test-")
             .tempdir()
             .unwrap();
-        let host = Self {
-            dir,
-            templates: false,
-        };
+        let host = Self { dir };
         host.configure(&format!("hypervisor = \"{hypervisor}\"\n"));
         host
-    }
-
-    /// Its sandboxes are cloned from templates, which are built in the background.
-    pub fn with_templates(mut self) -> Self {
-        self.templates = true;
-        self
     }
 
     /// Adds lines to the host's configuration.
@@ -187,8 +177,6 @@ impl Host {
             .env("CELLA_LIB_DIR", self.path("lib"))
             .env("CELLA_LIBEXEC_DIR", libexec())
             .env("CELLA_CONFIG", self.path("config.toml"))
-            // Nothing is built in the background, unless a test is about that.
-            .env("CELLA_TEMPLATE", self.templates.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -31,7 +31,7 @@ impl Here {
             skip(&missing);
             return None;
         }
-        let host = Host::on("kvm").with_templates();
+        let host = Host::with_templates("kvm");
         let paths = Paths {
             run_dir: host.path("run"),
             lib_dir: host.path("lib"),
