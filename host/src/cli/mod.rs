@@ -165,11 +165,11 @@ struct Context {
 
 /// Runs the command that `arguments` ask for, and gives its exit status. Errors go to stderr as one line.
 pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
-    background::adopt();
     let arguments: Vec<_> = arguments.collect();
     if let Some(code) = crate::template::background::obey(arguments.iter().cloned()) {
         return code;
     }
+    background::adopt();
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {

@@ -12,6 +12,7 @@ use cella_proto::agent::{CreateContainerRequest, IdentityResponse, SetUpSandboxR
 use ttrpc::context::Context;
 
 use super::here::{Here, block_on};
+use super::pool;
 
 const CLONES: usize = 50;
 /// So many of them live at once.
@@ -38,35 +39,41 @@ async fn look(sandbox: &Sandbox) -> Seen {
 }
 
 #[test]
-fn fifty_clones_have_nothing_in_common() {
+fn clones_are_safe_and_cheap() {
     block_on(async {
         let Some(here) = Here::with_template().await else {
             return;
         };
-        let mut seen = Vec::new();
-        let mut living = Vec::new();
-        let begin = Instant::now();
-        for number in 0..CLONES {
-            let sandbox = here.sandbox(&format!("clone{number}")).await.unwrap();
-            assert_eq!(sandbox.template_use(), Some(&TemplateUse::Cloned));
-            seen.push(look(&sandbox).await);
-            if living.len() < TOGETHER {
-                living.push(sandbox);
-            } else {
-                sandbox.discard().await.unwrap();
-            }
-        }
-        println!("{CLONES} clones in {:?}", begin.elapsed());
-        all_differ(&seen);
-        clocks_are_right(&seen);
-        the_same_guest_is_recognised(&living[0], &seen[0]).await;
-        they_share_memory(&here, &living).await;
-        they_outlive_their_template(&here, &living).await;
-        for sandbox in living {
-            sandbox.discard().await.unwrap();
-        }
+        a_clone_takes_the_time_that_it_is_given_and_does_nothing_before(&here).await;
+        pool::idle_clones_are_claimed_and_replaced(&here).await;
+        fifty_have_nothing_in_common(&here).await;
         here.host.assert_clean();
     });
+}
+
+async fn fifty_have_nothing_in_common(here: &Here) {
+    let mut seen = Vec::new();
+    let mut living = Vec::new();
+    let begin = Instant::now();
+    for number in 0..CLONES {
+        let sandbox = here.sandbox(&format!("clone{number}")).await.unwrap();
+        assert_eq!(sandbox.template_use(), Some(&TemplateUse::Cloned));
+        seen.push(look(&sandbox).await);
+        if living.len() < TOGETHER {
+            living.push(sandbox);
+        } else {
+            sandbox.discard().await.unwrap();
+        }
+    }
+    println!("{CLONES} clones in {:?}", begin.elapsed());
+    all_differ(&seen);
+    clocks_are_right(&seen);
+    the_same_guest_is_recognised(&living[0], &seen[0]).await;
+    they_share_memory(here, &living).await;
+    they_outlive_their_template(here, &living).await;
+    for sandbox in living {
+        sandbox.discard().await.unwrap();
+    }
 }
 
 fn all_differ(seen: &[Seen]) {
@@ -160,63 +167,56 @@ async fn they_outlive_their_template(here: &Here, living: &[Sandbox]) {
 }
 
 /// A host whose clock was set back gives its clones that time, and their own clocks go on.
-#[test]
-fn a_clone_takes_the_time_that_it_is_given_and_does_nothing_before() {
-    block_on(async {
-        let Some(here) = Here::with_template().await else {
-            return;
-        };
-        let dir = SandboxDir::new(&here.paths, "early").unwrap();
-        let locks = dir.create().unwrap();
-        let saved = here.store().open(&here.key()).unwrap().unwrap();
-        let vm = here.restore(&dir, &saved).await.unwrap();
-        let stream = agent::dial(&dir.vsock(), AGENT_PORT).await.unwrap();
-        let agent = Agent::new(stream).await.unwrap();
-        let client = agent.client();
-        let container = CreateContainerRequest {
-            container_id: "early".to_owned(),
-            ..Default::default()
-        };
-        let refused = [
-            client
-                .identity(Context::default(), &Default::default())
-                .await
-                .map(drop),
-            client
-                .create_container(Context::default(), &container)
-                .await
-                .map(drop),
-        ];
-        for refused in refused {
-            let message = refused.unwrap_err().to_string();
-            assert!(message.contains("was not set up"), "{message}");
-        }
-        // 1 January 2001.
-        let then = 978_307_200_000_000_000;
-        let request = SetUpSandboxRequest {
-            clock_ns: then,
-            entropy: vec![7; 64],
-            ..Default::default()
-        };
-        let set_up = client.set_up_sandbox(Context::default(), &request);
-        set_up.await.unwrap();
-        let mut last = 0;
-        let begin = Instant::now();
-        for _ in 0..5 {
-            let identity = client
-                .identity(Context::default(), &Default::default())
-                .await
-                .unwrap();
-            let since = identity.wall_ns - then;
-            assert!((0..5_000_000_000).contains(&since), "{since} ns");
-            assert!(identity.monotonic_ns > last);
-            last = identity.monotonic_ns;
-        }
-        // No timer of the template's is late here, and none is of this time: the guest is there for its caller.
-        assert!(begin.elapsed() < Duration::from_secs(3));
-        vm.stop().await.unwrap();
-        drop((vm, locks));
-        dir.remove().unwrap();
-        here.host.assert_clean();
-    });
+async fn a_clone_takes_the_time_that_it_is_given_and_does_nothing_before(here: &Here) {
+    let dir = SandboxDir::new(&here.paths, "early").unwrap();
+    let locks = dir.create().unwrap();
+    let saved = here.store().open(&here.key()).unwrap().unwrap();
+    let vm = here.restore(&dir, &saved).await.unwrap();
+    let stream = agent::dial(&dir.vsock(), AGENT_PORT).await.unwrap();
+    let agent = Agent::new(stream).await.unwrap();
+    let client = agent.client();
+    let container = CreateContainerRequest {
+        container_id: "early".to_owned(),
+        ..Default::default()
+    };
+    let refused = [
+        client
+            .identity(Context::default(), &Default::default())
+            .await
+            .map(drop),
+        client
+            .create_container(Context::default(), &container)
+            .await
+            .map(drop),
+    ];
+    for refused in refused {
+        let message = refused.unwrap_err().to_string();
+        assert!(message.contains("was not set up"), "{message}");
+    }
+    // 1 January 2001.
+    let then = 978_307_200_000_000_000;
+    let request = SetUpSandboxRequest {
+        clock_ns: then,
+        entropy: vec![7; 64],
+        ..Default::default()
+    };
+    let set_up = client.set_up_sandbox(Context::default(), &request);
+    set_up.await.unwrap();
+    let mut last = 0;
+    let begin = Instant::now();
+    for _ in 0..5 {
+        let identity = client
+            .identity(Context::default(), &Default::default())
+            .await
+            .unwrap();
+        let since = identity.wall_ns - then;
+        assert!((0..5_000_000_000).contains(&since), "{since} ns");
+        assert!(identity.monotonic_ns > last);
+        last = identity.monotonic_ns;
+    }
+    // No timer of the template's is late here, and none is of this time: the guest is there for its caller.
+    assert!(begin.elapsed() < Duration::from_secs(3));
+    vm.stop().await.unwrap();
+    drop((vm, locks));
+    dir.remove().unwrap();
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use cella_host::hypervisor::SavedVm;
 use cella_host::sandbox::dir::SandboxDir;
 
+use super::builders::two_builders_make_one_template;
 use super::here::{Here, MEMORY_FLAG, block_on};
 
 /// How long after its beginning a `cella run` is killed, milliseconds.
@@ -15,13 +16,15 @@ const KILLED_AFTER: [u64; 8] = [5, 20, 35, 50, 70, 100, 150, 250];
 #[test]
 fn what_is_no_template_is_said_and_booted_around() {
     block_on(async {
-        let Some(here) = Here::with_template().await else {
-            return;
-        };
+        let Some(here) = Here::new() else { return };
+        two_builders_make_one_template(&here);
         every_damage_has_its_word(&here).await;
         another_owner_is_not_trusted(&here);
         a_start_that_is_killed_leaves_nothing(&here);
         a_damaged_template_gives_way(&here);
+        let said = here.host.cella(&["template", "rm", "--all"]);
+        said.expect_status(0);
+        assert!(here.templates().is_empty());
         here.host.assert_clean();
     });
 }

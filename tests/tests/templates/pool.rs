@@ -1,20 +1,21 @@
 //! Idle clones that wait for whoever needs one.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cella_host::sandbox::TemplateUse;
 use cella_tests::{finish, processes};
 
-use super::here::{Here, block_on};
+use super::here::Here;
 
 /// What the keeper needs to look again, and to make or end its idle clones.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The ids of the idle ones.
 fn idle(here: &Here) -> Vec<String> {
-    let entries = fs::read_dir(&here.paths.run_dir);
+    let entries = fs::read_dir(here.paths.run_dir);
     let names = entries.into_iter().flatten().map(|entry| {
         let name = entry.unwrap().file_name();
         name.into_string().unwrap()
@@ -43,48 +44,44 @@ fn keeper(here: &Here) -> Option<u32> {
     found.first().map(|(pid, _)| *pid)
 }
 
-#[test]
-fn idle_clones_are_claimed_and_replaced_and_leave_nothing() {
-    block_on(async {
-        let Some(here) = Here::with_template().await else {
-            return;
-        };
-        here.host.configure("memory = \"128M\"\npool = 2\n");
-        let image = here.host.busybox();
-        // Nobody claims what is not there yet; from then on somebody keeps it.
-        here.host.cella(&["run", &image, "true"]).expect_status(0);
-        wait_for("two idle ones", || idle(&here).len() == 2);
-        let keeper_pid = keeper(&here).unwrap();
-        let (one, other) = (
-            here.sandbox_of("one", true).await.unwrap(),
-            here.sandbox_of("other", true).await.unwrap(),
-        );
-        for sandbox in [&one, &other] {
-            assert_eq!(sandbox.template_use(), Some(&TemplateUse::Claimed));
-        }
-        let identities = [
-            one.identity().await.unwrap(),
-            other.identity().await.unwrap(),
-        ];
-        assert_eq!(identities[0].hostname, "host-one");
-        assert_ne!(identities[0].boot_id, identities[1].boot_id);
-        assert_ne!(identities[0].random, identities[1].random);
-        assert_ne!(identities[0].tcp_starts, identities[1].tcp_starts);
-        wait_for("two idle ones more", || idle(&here).len() == 2);
-        claimed_ones_count_where_their_claimer_does(&here, &image);
-        other.stop().await.unwrap();
-        the_keeper_is_killed(&here, keeper_pid);
-        // What was claimed is nothing of the keeper's any more.
-        assert!(one.info().await.unwrap().memory_total_kib > 0);
-        one.discard().await.unwrap();
-        here.host.cella(&["run", &image, "true"]).expect_status(0);
-        wait_for("a new keeper's", || idle(&here).len() == 2);
-        let drop_ins = here.host.path("config.d");
-        fs::create_dir(&drop_ins).unwrap();
-        fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
-        wait_for("the keeper's end", || keeper(&here).is_none());
-        here.host.assert_clean();
-    });
+pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
+    here.host.configure("memory = \"128M\"\npool = 2\n");
+    let image = here.host.busybox();
+    // Nobody claims what is not there yet; from then on somebody keeps it.
+    here.host.cella(&["run", &image, "true"]).expect_status(0);
+    wait_for("two idle ones", || idle(here).len() == 2);
+    let keeper_pid = keeper(here).unwrap();
+    // A state is written just before the keeper has it among those to give.
+    std::thread::sleep(Duration::from_millis(200));
+    let (one, other) = (
+        here.sandbox_of("one", true).await.unwrap(),
+        here.sandbox_of("other", true).await.unwrap(),
+    );
+    for sandbox in [&one, &other] {
+        assert_eq!(sandbox.template_use(), Some(&TemplateUse::Claimed));
+    }
+    let identities = [
+        one.identity().await.unwrap(),
+        other.identity().await.unwrap(),
+    ];
+    assert_eq!(identities[0].hostname, "host-one");
+    assert_ne!(identities[0].boot_id, identities[1].boot_id);
+    assert_ne!(identities[0].random, identities[1].random);
+    assert_ne!(identities[0].tcp_starts, identities[1].tcp_starts);
+    wait_for("two idle ones more", || idle(here).len() == 2);
+    claimed_ones_count_where_their_claimer_does(here, &image);
+    other.stop().await.unwrap();
+    the_keeper_is_killed(here, keeper_pid);
+    // What was claimed is nothing of the keeper's any more.
+    assert!(one.info().await.unwrap().memory_total_kib > 0);
+    one.discard().await.unwrap();
+    here.host.cella(&["run", &image, "true"]).expect_status(0);
+    wait_for("a new keeper's", || idle(here).len() == 2);
+    let drop_ins = here.host.path("config.d");
+    fs::create_dir(&drop_ins).unwrap();
+    fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
+    wait_for("the keeper's end", || keeper(here).is_none());
+    here.host.assert_clean();
 }
 
 fn the_keeper_is_killed(here: &Here, pid: u32) {
@@ -147,17 +144,18 @@ fn claimed_ones_count_where_their_claimer_does(here: &Here, image: &str) {
     let script = "echo $$ > \"$0\" && exec \"$@\"";
     command.args(["-c", script, procs.to_str().unwrap()]);
     command.arg(cella_tests::cella_binary());
-    command.args(["run", "--name", "counted", image, "sleep", "1000"]);
+    command.args(["run", "--name", "counted", image]);
+    command.args(["sh", "-c", "echo up; sleep 1000"]);
     here.host.on_this_host(&mut command);
-    let child = command.spawn().unwrap();
+    let mut child = command.spawn().unwrap();
+    let mut up = [0; 3];
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut up).unwrap();
     let state = here.paths.run_dir.join("counted/sandbox.json");
-    let vmm = || -> Option<u64> {
-        let text = fs::read_to_string(&state).ok()?;
-        let state: serde_json::Value = serde_json::from_str(&text).ok()?;
-        (state["id"] == "counted").then(|| state["vmm"]["pid"].as_u64())?
-    };
-    wait_for("the claimed sandbox", || vmm().is_some());
-    let pid = vmm().unwrap().to_string();
+    let state: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(state).unwrap()).unwrap();
+    assert_eq!(state["id"], "counted");
+    let pid = state["vmm"]["pid"].as_u64().unwrap().to_string();
     let cmdline = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
     assert!(cmdline.contains("pool-"), "it was claimed: {cmdline}");
     let inside = fs::read_to_string(&procs).unwrap();
