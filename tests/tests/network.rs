@@ -147,10 +147,18 @@ fn a_boot_that_fails_leaves_the_namespace_as_it_was() {
     }
 }
 
+/// On a clone: its interfaces are plugged into a machine that was saved without any.
 #[test]
 fn a_pod_has_the_network_of_its_namespace_on_kvm() {
-    let Some(host) = host("kvm") else { return };
+    if host("kvm").is_none() {
+        return;
+    }
+    let host = Host::with_templates("kvm");
+    host.cella(&["template", "build"]).expect_status(0);
     a_pod_has_the_network_of_its_namespace(&host, &Netns::new());
+    // One that did not serve would have been removed.
+    let listed = host.cella(&["template", "list", "--json"]);
+    assert!(listed.stdout.contains("\"key\""), "{listed:?}");
 }
 
 #[test]
