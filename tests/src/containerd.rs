@@ -69,7 +69,11 @@ fn client() -> PathBuf {
 impl Containerd {
     /// Starts one whose sandboxes run on `hypervisor`, with the image in it.
     pub fn start(hypervisor: &str) -> Self {
-        let host = Host::on(hypervisor);
+        Self::start_on(Host::on(hypervisor))
+    }
+
+    /// Starts one on `host`, with the image in it.
+    pub fn start_on(host: Host) -> Self {
         write_configuration(&host);
         let child = spawn(&host);
         let daemon = Self {

@@ -16,6 +16,8 @@ mod pods;
 mod sandboxes;
 #[path = "containerd/tasks.rs"]
 mod tasks;
+#[path = "containerd/templates.rs"]
+mod templates;
 
 use cella_tests::containerd::{Containerd, containerd_is_missing, cri_is_missing};
 use cella_tests::{missing_for, skip};
