@@ -353,6 +353,8 @@ mod tests {
             "memory = \"lots\"",
             "hypervisor = \"xen\"",
             "cpus = -1",
+            "pool = 257",
+            "template_limit = \"much\"",
             "=",
         ] {
             fs::write(&main, text).unwrap();
