@@ -109,7 +109,7 @@ async fn echo(streams: Streams, sent: Vec<u8>) -> Result<Vec<u8>, Error> {
 }
 
 /// Creates a container of busybox alone.
-async fn container(
+pub(super) async fn container(
     sandbox: &Sandbox,
     id: &str,
     options: &Options,

@@ -1,11 +1,12 @@
 //! What a sandbox from a template costs.
 
 use std::fs;
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::process::median;
+use super::process::{self, median};
 use super::{Context, Error, Options};
 use crate::cli::pod;
 use crate::config::Config;
@@ -57,12 +58,39 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
         private.push(private_kib(&sandbox)?);
         sandbox.stop().await?;
     }
+    let mut outputs = vec![];
+    for _ in 0..ROUNDS {
+        outputs.push(first_output(context, &config, options).await?);
+    }
     Ok(Some(json!({
         "template_ms": median(times),
         "template_host_cpu_ms": median(host),
         "template_guest_cpu_ms": median(guest),
         "clone_private_kib": median(private),
+        "template_first_output_ms": median(outputs),
     })))
+}
+
+/// Milliseconds from the request for a clone to the first output of a container in it.
+async fn first_output(context: &Context, config: &Config, options: &Options) -> Result<f64, Error> {
+    let action = "waiting for a container's first output";
+    let id = format!("bench-{}", container::new_id()?);
+    let (begin, timeline) = (Instant::now(), Timeline::new());
+    let sandbox = pod::boot(context, config, &id, false, &options.machine, &timeline).await?;
+    let command = ["/bin/busybox", "echo", "first"];
+    let streams = process::container(&sandbox, "c", options, &command).await?;
+    sandbox.start("c", "").await?;
+    let Some(mut stdout) = streams.stdout else {
+        return Err(Error::usage("the container has no streams"));
+    };
+    let read = tokio::task::spawn_blocking(move || stdout.read_exact(&mut [0]));
+    read.await
+        .map_err(std::io::Error::other)
+        .and_then(|read| read)
+        .map_err(|e| Error::host(action, e))?;
+    let elapsed = begin.elapsed().as_secs_f64() * 1e3;
+    sandbox.stop().await?;
+    Ok(elapsed)
 }
 
 /// Processor time of this process and of the children that it has waited for.
