@@ -23,8 +23,9 @@ use crate::timeline::Timeline;
 /// How long a guest may take from its first instruction to its agent's call. Where KVM has no hardware, a cold
 /// boot takes up to 20 s.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long a clone's agent may take to answer. It waits already; the rest is the host's load.
-const CLONE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a clone's agent may take to be set up. It waits already; the rest is the network's devices, each a second
+/// where KVM has no hardware, and the host's load.
+const CLONE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What templates had to do with a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
