@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The ids of the idle ones.
 fn idle(here: &Here) -> Vec<String> {
-    let entries = fs::read_dir(here.paths.run_dir);
+    let entries = fs::read_dir(&here.paths.run_dir);
     let names = entries.into_iter().flatten().map(|entry| {
         let name = entry.unwrap().file_name();
         name.into_string().unwrap()
