@@ -20,8 +20,6 @@ fn main() -> ExitCode {
             icount: false,
             template: false,
         },
-        // The process of the container that a template's guest rehearses: it is the first of its namespace as well.
-        (Some(flag), None, None) if flag == "--rehearse" => return ExitCode::SUCCESS,
         _ if rustix::process::getpid().is_init() => Options {
             transport: Transport::Vsock,
             in_guest: true,

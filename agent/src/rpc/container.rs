@@ -20,8 +20,8 @@ use crate::streams::Streams;
 const MAX_ID: usize = 128;
 const SIGKILL: i32 = libc::SIGKILL;
 
-/// The container that a template's guest makes, runs and deletes before it is saved: every clone finds what that needed
-/// the first time.
+/// The container that a template's guest makes before it is saved, up to its command, which there is not: every clone
+/// finds what that needed the first time.
 const REHEARSAL: &str = "rehearsal";
 
 impl Agent {
