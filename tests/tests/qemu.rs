@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use cella_tests::{Host, finish, missing_for, processes, skip, wait};
 
 /// A caller learns of a death within this.
-const NOTICE: Duration = Duration::from_secs(4);
+const NOTICE: Duration = Duration::from_secs(2);
 
 fn host() -> Option<Host> {
     match missing_for("qemu") {

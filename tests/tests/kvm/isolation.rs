@@ -6,11 +6,17 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::host;
+use super::pod::Pod;
 use cella_tests::{Host, Said};
 
-/// Runs a bundle of the host's busybox whose specification `edit` has changed.
-fn run(host: &Host, args: &[&str], edit: impl FnOnce(&mut Value)) -> Said {
+/// Runs a bundle of the host's busybox whose specification `edit` has changed, in the pod.
+fn run(pod: &Pod, args: &[&str], edit: impl FnOnce(&mut Value)) -> Said {
+    let image = bundle(&pod.host, args, edit);
+    pod.host.cella(&["run", "--pod", "pod", &image])
+}
+
+/// Makes that bundle: its reference.
+pub fn bundle(host: &Host, args: &[&str], edit: impl FnOnce(&mut Value)) -> String {
     let bundle = host.path("bundle");
     let rootfs = bundle.join("rootfs");
     fs::create_dir_all(&rootfs).unwrap();
@@ -49,30 +55,37 @@ fn run(host: &Host, args: &[&str], edit: impl FnOnce(&mut Value)) -> Said {
     });
     edit(&mut spec);
     fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-    host.cella(&["run", &format!("bundle:{}", bundle.display())])
+    format!("bundle:{}", bundle.display())
 }
 
 #[test]
-fn a_memory_limit_ends_who_exceeds_it_and_nobody_else() {
-    let Some(host) = host() else { return };
+fn what_a_container_is_held_to() {
+    let Some(pod) = Pod::boot("1") else { return };
+    the_memory_that_it_may_have(&pod);
+    the_users_that_it_has(&pod);
+    the_calls_that_it_may_make(&pod);
+    everything_else(&pod);
+    pod.end();
+}
+
+/// Who exceeds a limit is ended, and nobody else.
+fn the_memory_that_it_may_have(pod: &Pod) {
     // `tail` of what has no line's end keeps all of it.
     let script = "tail /dev/zero; echo status $?";
-    let said = run(&host, &["sh", "-c", script], |spec| {
+    let said = run(pod, &["sh", "-c", script], |spec| {
         spec["linux"]["resources"] = json!({ "memory": { "limit": 16 << 20, "swap": 16 << 20 } });
     });
     assert_eq!(said.stdout, "status 137\n", "{said:?}");
-    let said = run(&host, &["tail", "/dev/zero"], |spec| {
+    let said = run(pod, &["tail", "/dev/zero"], |spec| {
         spec["linux"]["resources"] = json!({ "memory": { "limit": 16 << 20, "swap": 16 << 20 } });
     });
     assert_eq!(said.status, 137, "{said:?}");
-    host.assert_clean();
 }
 
-#[test]
-fn root_of_a_user_namespace_is_nobody_outside() {
-    let Some(host) = host() else { return };
+/// Root of a user namespace is nobody outside.
+fn the_users_that_it_has(pod: &Pod) {
     let script = "cat /proc/self/uid_map; id -u; touch /new 2>/dev/null; echo $?; touch /tmp/new && stat -c %u /tmp/new";
-    let said = run(&host, &["sh", "-c", script], |spec| {
+    let said = run(pod, &["sh", "-c", script], |spec| {
         let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
         let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.push(json!({ "type": "user" }));
@@ -84,13 +97,10 @@ fn root_of_a_user_namespace_is_nobody_outside() {
     let map: Vec<_> = lines[0].split_whitespace().collect();
     assert_eq!(map, ["0", "100000", "65536"], "{said:?}");
     assert_eq!(lines[1..], ["0", "1", "0"], "{said:?}");
-    host.assert_clean();
 }
 
-#[test]
-fn seccomp_kills_who_calls_what_is_forbidden() {
-    let Some(host) = host() else { return };
-    let said = run(&host, &["mkdir", "/tmp/new"], |spec| {
+fn the_calls_that_it_may_make(pod: &Pod) {
+    let said = run(pod, &["mkdir", "/tmp/new"], |spec| {
         spec["linux"]["seccomp"] = json!({
             "defaultAction": "SCMP_ACT_ALLOW",
             "architectures": ["SCMP_ARCH_X86_64"],
@@ -101,5 +111,55 @@ fn seccomp_kills_who_calls_what_is_forbidden() {
         });
     });
     assert_eq!(said.status, 128 + 31, "SIGSYS: {said:?}");
-    host.assert_clean();
+}
+
+/// What a specification asks for beside, all at once, with the guest's own kernel and controllers.
+fn everything_else(pod: &Pod) {
+    let script = "id -u; id -G; umask; ulimit -n; ulimit -Hn
+        cat /proc/self/oom_score_adj
+        grep NoNewPrivs /proc/self/status | cut -f2; [ $(cut -d. -f1 /proc/uptime) -ge 1000000 ]; echo $?
+        touch /x 2> /dev/null; echo $?; cat /tmp/hook; pwd; echo $VARIABLE
+        cd /cg; cat pids.max memory.max memory.low cpu.max cpuset.cpus
+        echo 0 2> /dev/null > pids.max; echo $?; grep -c . cgroup.procs";
+    let said = run(pod, &["sh", "-c", script], |spec| {
+        let process = &mut spec["process"];
+        process["user"] =
+            json!({ "uid": 1000, "gid": 1001, "umask": 0o027, "additionalGids": [2000, 3000] });
+        process["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 }]);
+        process["oomScoreAdj"] = json!(77);
+        process["noNewPrivileges"] = json!(true);
+        process["cwd"] = json!("/tmp");
+        process["env"] = json!(["PATH=/bin", "VARIABLE=a value"]);
+        spec["root"]["readonly"] = json!(true);
+        let hook = ["sh", "-c", "echo hooked > /tmp/hook"];
+        spec["hooks"] =
+            json!({ "startContainer": [{ "path": "/bin/sh", "args": hook, "env": ["PATH=/bin"] }] });
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/cg", "type": "cgroup", "source": "cgroup", "options": ["ro"] }));
+        let linux = &mut spec["linux"];
+        let namespaces = linux["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({ "type": "time" }));
+        linux["timeOffsets"] = json!({ "boottime": { "secs": 1_000_000 } });
+        linux["resources"] = json!({
+            "pids": { "limit": 50 },
+            "memory": { "limit": 64 << 20, "reservation": 32 << 20 },
+            "cpu": { "quota": 50_000, "period": 100_000, "cpus": "0" },
+        });
+    })
+    .expect_status(0);
+    let lines: Vec<_> = said.stdout.lines().collect();
+    let process = [
+        "1000",
+        "1001 2000 3000",
+        "0027",
+        "100",
+        "200",
+        "77",
+        "1",
+        "0",
+    ];
+    let place = ["1", "hooked", "/tmp", "a value"];
+    let cgroup = ["50", "67108864", "33554432", "50000 100000", "0", "1"];
+    let expected = [&process[..], &place, &cgroup].concat();
+    assert_eq!(lines[..expected.len()], expected, "{said:?}");
 }
