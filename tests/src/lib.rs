@@ -131,8 +131,16 @@ impl Host {
         Self::default()
     }
 
-    /// An empty one whose sandboxes run on `hypervisor`, unless its commands say otherwise.
+    /// An empty one whose sandboxes run on `hypervisor`, unless its commands say otherwise. They are booted: a template
+    /// that is built in the background would outlive the test.
     pub fn on(hypervisor: &str) -> Self {
+        let host = Self::with_templates(hypervisor);
+        host.configure("template = false\n");
+        host
+    }
+
+    /// One whose sandboxes are cloned from templates where `hypervisor` can save machines.
+    pub fn with_templates(hypervisor: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("cella-test-")
             .tempdir()

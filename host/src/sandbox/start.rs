@@ -118,10 +118,16 @@ impl Found {
             memory_bytes: spec.memory_bytes,
             cmdline: spec.cmdline.clone(),
         };
-        let found = Key::of(paths, &shape)
-            .and_then(|key| Ok(Store::new(paths).open(&key)?.map(|saved| (key, saved))));
-        match found {
-            Ok(Some((key, saved))) => Self::Template(key, shape, saved),
+        let key = match Key::of(paths, &shape) {
+            Ok(key) => key,
+            // A program is missing: the boot fails of it, and says so.
+            Err(error) => {
+                tracing::debug!("looking for a template: {error}");
+                return Self::Nothing;
+            }
+        };
+        match Store::new(paths).open(&key) {
+            Ok(Some(saved)) => Self::Template(key, shape, saved),
             Ok(None) => Self::Missing(shape),
             Err(error) => {
                 tracing::warn!("looking for a template: {error}; booting instead");
