@@ -67,9 +67,12 @@ fn a_user_whom_the_image_does_not_know() {
         entry("etc", b'5', "", b""),
         entry("etc/passwd", b'0', "", b"root:x:0:0::/:/bin/sh\n"),
     ]);
-    for user in ["nobody-here", "0:no-such-group", "1:2:3"] {
+    for (number, user) in ["nobody-here", "0:no-such-group", "1:2:3"]
+        .iter()
+        .enumerate()
+    {
         let config = format!("{{\"User\":\"{user}\"}}");
-        let image = layout_of(&host.path("users").join(user), &config, &layer);
+        let image = layout_of(&host.path(&format!("image-{number}")), &config, &layer);
         let word = user.trim_start_matches("0:");
         host.cella(&["run", &image, "true"]).expect_failure(&[word]);
         host.assert_clean();
@@ -89,12 +92,8 @@ fn an_id_in_use() {
         assert!(Instant::now() < deadline, "it does not run");
         std::thread::sleep(Duration::from_millis(50));
     }
-    for args in [
-        ["run", "--name", "twice", &image, "true"],
-        ["run", "--pod", "twice", &image, "true"],
-    ] {
-        host.cella(&args).expect_failure(&["twice"]);
-    }
+    host.cella(&["run", "--name", "twice", &image, "true"])
+        .expect_failure(&["twice", "exists already"]);
     host.cella(&["kill", "twice"]).expect_status(0);
     assert_eq!(wait(&mut first, Duration::from_secs(30)), 128 + 9);
     host.assert_clean();

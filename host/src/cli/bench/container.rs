@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{Process, Root, Spec};
 
 use super::{Error, Options};
 use crate::sandbox::stdio::{self, Streams, Wanted};
@@ -18,6 +18,9 @@ pub(super) async fn container(
 ) -> Result<Streams, Error> {
     busybox_rootfs(sandbox, id, &options.busybox)?;
     let mut spec = Spec::default();
+    let mut root = Root::default();
+    root.set_readonly(Some(false));
+    spec.set_root(Some(root));
     spec.set_process(Some(process(command)));
     volume::share(sandbox.dir(), id, &mut spec, |_| None)?;
     let wanted = Wanted {
