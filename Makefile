@@ -65,15 +65,15 @@ cri-client: ## The CRI client of the tests, where Go is
 lint: ## Formatting, lints, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	@# Not of the workspace: they run with a nightly compiler, but every compiler sees whether they still fit.
+	@# Not of the workspace: cargo-fuzz builds them with flags of its own, but every build sees whether they still fit.
 	for crate in vmm host; do $(CARGO) check --locked --manifest-path $$crate/fuzz/Cargo.toml --target-dir target || exit 1; done
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --offline check licenses bans sources; \
 	else echo 'SKIPPED: cargo deny (cargo install cargo-deny)'; fi
 
-fuzz: ## Every fuzz target for a minute (needs a nightly toolchain and cargo-fuzz)
+fuzz: ## Every fuzz target for a minute (installs cargo-fuzz if it is missing)
 	tests/fuzz.sh
 
-bench: bench-boot ## Measures this host; results in target/bench
+bench: bench-boot ## Measures this host; results and a picture of them in target/bench
 	tests/bench.sh
 
 bench-boot: deps-test build ## Guest instructions (under QEMU) and VM exits (on KVM) of a boot
@@ -85,9 +85,11 @@ install: build ## Installs under PREFIX (default /usr/local) and /usr/libexec/ce
 	install -D -m755 $(LIBEXEC)/cella-vmm $(DESTDIR)/usr/libexec/cella/cella-vmm
 	install -D -m644 $(LIBEXEC)/vmlinux $(DESTDIR)/usr/libexec/cella/vmlinux
 	install -D -m644 $(LIBEXEC)/initrd.cpio $(DESTDIR)/usr/libexec/cella/initrd.cpio
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/share/,man/man1 bash-completion/completions fish/vendor_completions.d zsh/site-functions)
 	$(CELLA) man $(DESTDIR)$(PREFIX)/share/man/man1
 	$(CELLA) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/cella
+	$(CELLA) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/cella.fish
+	$(CELLA) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_cella
 
 clean: ## Removes what was built here (not the kernel's cache)
 	rm -rf target

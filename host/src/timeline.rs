@@ -27,13 +27,12 @@ pub struct Timeline {
 }
 
 /// Each phase ends at the moment of its name, and begins where the one before ended.
-const PHASES: [(&str, &str, &str); 10] = [
+const PHASES: [(&str, &str, &str); 9] = [
     ("image-ready", "host", "image"),
     ("vm-spawning", "host", "sandbox directory"),
     ("vm-started", "vmm", "spawn, jail, machine"),
     ("kernel-done", "kernel", "boot"),
     ("agent-dialled", "agent", "start and dial"),
-    ("ready", "agent", "call answered"),
     ("sandbox-set-up", "agent", "sandbox set-up"),
     ("created", "agent", "container created"),
     ("started", "agent", "container started"),
@@ -71,7 +70,6 @@ impl Timeline {
         let own = ready.agent_dial_ns.saturating_sub(ready.agent_entry_ns) / 1000;
         self.mark_at("kernel-done", now.saturating_sub(own));
         self.mark_at("agent-dialled", now);
-        self.mark_at("ready", now);
     }
 
     /// The phases so far, each from the end of the one before.
@@ -167,7 +165,7 @@ mod tests {
         timeline.ready(ready, 0);
         timeline.mark("first-output");
         let phases = timeline.phases();
-        assert_eq!(phases.len(), 7);
+        assert_eq!(phases.len(), 6);
         for pair in phases.windows(2) {
             assert_eq!(pair[0].start_us + pair[0].duration_us, pair[1].start_us);
         }

@@ -10,6 +10,8 @@
 )]
 
 pub mod containerd;
+pub mod image;
+pub mod peers;
 
 use std::ffi::OsStr;
 use std::fs;

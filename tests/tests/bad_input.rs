@@ -11,8 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use cella_tests::image::{archive, entry, layout_of};
 use cella_tests::{Host, finish, not_built, skip};
-use sha2::{Digest, Sha256};
 
 /// A host with everything that these tests need, unless the machine lacks something.
 fn host() -> Option<Host> {
@@ -47,65 +47,6 @@ fn layer(layout: &Path) -> PathBuf {
         .map(|entry| entry.unwrap().path())
         .max_by_key(|path| fs::metadata(path).unwrap().len())
         .unwrap()
-}
-
-/// Makes a layout whose only layer is this tar archive.
-fn layout_of(dir: &Path, layer: &[u8]) -> String {
-    let blobs = dir.join("blobs/sha256");
-    fs::create_dir_all(&blobs).unwrap();
-    let put = |bytes: &[u8]| {
-        let digest = hex(&Sha256::digest(bytes));
-        fs::write(blobs.join(&digest), bytes).unwrap();
-        format!("\"digest\":\"sha256:{digest}\",\"size\":{}", bytes.len())
-    };
-    let diff = hex(&Sha256::digest(layer));
-    let config = format!(
-        "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{{}},\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"sha256:{diff}\"]}}}}"
-    );
-    let media = "application/vnd.oci.image";
-    let manifest = format!(
-        "{{\"schemaVersion\":2,\"config\":{{\"mediaType\":\"{media}.config.v1+json\",{}}},\"layers\":[{{\"mediaType\":\"{media}.layer.v1.tar\",{}}}]}}",
-        put(config.as_bytes()),
-        put(layer)
-    );
-    let index = format!(
-        "{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":\"{media}.manifest.v1+json\",{}}}]}}",
-        put(manifest.as_bytes())
-    );
-    fs::write(dir.join("index.json"), index).unwrap();
-    fs::write(dir.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
-    format!("oci:{}", dir.display())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// One entry of a tar archive, by hand: the tools refuse to write such names.
-fn entry(name: &str, kind: u8, link: &str, content: &[u8]) -> Vec<u8> {
-    let mut header = [0_u8; 512];
-    header[..name.len()].copy_from_slice(name.as_bytes());
-    header[100..108].copy_from_slice(b"0000755\0");
-    header[108..116].copy_from_slice(b"0000000\0");
-    header[116..124].copy_from_slice(b"0000000\0");
-    header[124..136].copy_from_slice(format!("{:011o}\0", content.len()).as_bytes());
-    header[136..148].copy_from_slice(b"00000000000\0");
-    header[148..156].copy_from_slice(b"        ");
-    header[156] = kind;
-    header[157..157 + link.len()].copy_from_slice(link.as_bytes());
-    header[257..265].copy_from_slice(b"ustar\x0000");
-    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
-    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    let mut out = header.to_vec();
-    out.extend_from_slice(content);
-    out.resize(out.len().next_multiple_of(512), 0);
-    out
-}
-
-fn archive(entries: &[Vec<u8>]) -> Vec<u8> {
-    let mut out = entries.concat();
-    out.resize(out.len() + 1024, 0);
-    out
 }
 
 #[test]
@@ -166,7 +107,7 @@ fn layers_that_try_to_leave_their_directory() {
         ("absolute", vec![entry(outside, b'0', "", b"x")]),
     ];
     for (name, entries) in cases {
-        let image = layout_of(&host.path(name), &archive(&entries));
+        let image = layout_of(&host.path(name), "{}", &archive(&entries));
         // A contained entry (an absolute path, as docker reads it) lets the image be made: then its command is missing, or
         // the virtual machine; either way the run fails before it could have any other end.
         let mut command = host.command(&["run", &image, "true"]);
@@ -271,7 +212,14 @@ fn no_kvm_and_no_right_to_it() {
     // In a mount namespace of its own: an empty file in the place of the device, then nothing at all.
     let absent = "mount -t tmpfs none /dev && exec \"$@\"";
     let useless = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
-    for hide in [absent, useless] {
+    // Root may open everything, but for devices on a mount where nobody may.
+    let denied =
+        "mount --bind /dev/kvm /dev/kvm && mount -o remount,bind,nodev /dev/kvm && exec \"$@\"";
+    for (hide, why) in [
+        (absent, "No such file"),
+        (useless, "Inappropriate ioctl"),
+        (denied, "Permission denied"),
+    ] {
         let cella = cella_tests::cella_binary();
         let mut command = Command::new("unshare");
         command
@@ -280,7 +228,7 @@ fn no_kvm_and_no_right_to_it() {
             .args(["run", "--hypervisor", "kvm", &image, "true"]);
         host.on_this_host(&mut command);
         command.stdin(Stdio::null());
-        finish(command.spawn().unwrap(), b"").expect_failure(&["kvm"]);
+        finish(command.spawn().unwrap(), b"").expect_failure(&["kvm", why]);
         host.assert_clean();
     }
 }
@@ -310,6 +258,22 @@ fn every_command_has_help_with_an_example() {
             said.stdout
         );
     }
-    let said = host.cella(&["completions", "bash"]).expect_status(0);
-    assert!(said.stdout.contains("_cella"));
+    for shell in ["bash", "fish", "zsh"] {
+        let said = host.cella(&["completions", shell]).expect_status(0);
+        assert!(
+            said.stdout.contains("--timeline") || said.stdout.contains("l timeline"),
+            "{shell}"
+        );
+    }
+    let man = host.path("man");
+    fs::create_dir(&man).unwrap();
+    host.cella(&["man", man.to_str().unwrap()]).expect_status(0);
+    for (page, word) in [
+        ("cella.1", "virtual machine"),
+        ("cella-run.1", "Example:"),
+        ("cella-bench-stdio.1", "Example:"),
+    ] {
+        let text = fs::read_to_string(man.join(page)).unwrap();
+        assert!(text.contains(word), "{page}: {text}");
+    }
 }

@@ -7,18 +7,22 @@
     reason = "tests"
 )]
 
+#[path = "everything/ends.rs"]
+mod ends;
 #[path = "kvm/faults.rs"]
 mod faults;
 #[path = "kvm/features.rs"]
 mod features;
 #[path = "everything/hypervisor.rs"]
 mod hypervisor;
-#[path = "everything/isolation.rs"]
+#[path = "kvm/isolation.rs"]
 mod isolation;
 #[path = "kvm/pod.rs"]
 mod pod;
 #[path = "everything/streams.rs"]
 mod streams;
+#[path = "everything/terminal.rs"]
+mod terminal;
 #[path = "everything/volumes.rs"]
 mod volumes;
 

@@ -11,6 +11,8 @@
 mod faults;
 #[path = "kvm/features.rs"]
 mod features;
+#[path = "kvm/isolation.rs"]
+mod isolation;
 #[path = "kvm/pod.rs"]
 mod pod;
 

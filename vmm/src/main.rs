@@ -26,7 +26,7 @@ cella-vmm: one KVM virtual machine in a jailed process, driven over vmm.proto by
                     another hypervisor that runs the machine, as a process beside this one, unprivileged, in the same
                     namespaces and a root of its own; this one serves its devices, over vhost-user
     --companion-kernel FILE, --companion-initrd FILE
-                    what the companion finds as /kernel and /initrd
+                    what the companion finds as /boot/kernel and /boot/initrd, until the guest uses a device
     --companion-fd FD
                     a descriptor that it inherits
     -- ARG...       its arguments
@@ -143,7 +143,7 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, Failu
             "--name" => name = Some(value.to_string_lossy().into_owned()),
             "--companion" => companion.get_or_insert_default().path = PathBuf::from(value),
             "--companion-kernel" | "--companion-initrd" => {
-                let name = flag.replace("--companion-", "/");
+                let name = flag.replace("--companion-", "");
                 let program = of_companion(&mut companion, &flag)?;
                 program.files.push((PathBuf::from(value), name));
             }

@@ -143,7 +143,10 @@ fn hardware() -> Item {
 fn file(name: &'static str, path: &Path) -> Item {
     let answer = match std::fs::metadata(path) {
         Ok(meta) => Ok(format!("{} ({} KiB)", path.display(), meta.len() / 1024)),
-        Err(e) => Err(format!("{}: {e}", path.display())),
+        Err(e) => Err(format!(
+            "{}: {e}; make install puts it there, --libexec-dir names another place",
+            path.display()
+        )),
     };
     result(name, true, answer)
 }

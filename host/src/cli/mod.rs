@@ -247,3 +247,32 @@ fn with_runtime(command: impl Future<Output = Result<u8, Error>>) -> Result<u8, 
     runtime.shutdown_background();
     outcome
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(command: &clap::Command, path: &str) {
+        for command in command.get_subcommands().filter(|c| !c.is_hide_set()) {
+            let path = format!("{path} {}", command.get_name());
+            let after = command.get_after_help().map(ToString::to_string);
+            let example =
+                after.is_some_and(|text| text.contains("Example:\n") && text.contains(&path));
+            assert!(
+                example || command.has_subcommands(),
+                "{path} has no example of its own"
+            );
+            assert!(
+                command.get_about().is_some(),
+                "{path} does not say what it does"
+            );
+            check(command, &path);
+        }
+    }
+
+    #[test]
+    fn every_command_has_an_example_in_its_help() {
+        check(&Cli::command(), "cella");
+        Cli::command().debug_assert();
+    }
+}

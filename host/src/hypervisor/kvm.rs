@@ -1,7 +1,8 @@
 //! Our own VMM on /dev/kvm: spawns the jailed `cella-vmm`, hands it opened files, and speaks `vmm.proto` with it.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -11,6 +12,11 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::{self, GUEST_CID, SHARE_TAG, open};
 use super::{Error, HandedVm, Hypervisor, Nic, SavedVm, Vm, VmSpec};
+
+/// `KVM_GET_API_VERSION` (linux/kvm.h): `_IO(0xae, 0)`.
+const KVM_GET_API_VERSION: libc::Ioctl = 0xae00;
+/// The version that every KVM since Linux 2.6.22 has.
+const KVM_API_VERSION: i32 = 12;
 
 /// The hypervisor of this module.
 pub struct Kvm;
@@ -105,18 +111,31 @@ impl Files {
 /// Opens /dev/kvm for a virtual machine.
 ///
 /// # Errors
-/// [`Error::Missing`] with the system's reason: there is none, or no right to it.
+/// [`Error::Missing`] with the system's reason: there is none, no right to it, or something else is in its place.
 pub fn open_kvm() -> Result<File, Error> {
     let path = Path::new("/dev/kvm");
-    OpenOptions::new()
+    let missing = |what, source| Error::Missing {
+        what,
+        path: path.into(),
+        source,
+    };
+    let kvm = OpenOptions::new()
         .read(true)
         .write(true)
         .open(path)
-        .map_err(|source| Error::Missing {
-            what: "opening",
-            path: path.into(),
-            source,
-        })
+        .map_err(|e| missing("opening", e))?;
+    // SAFETY: this request has no argument.
+    match unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION) } {
+        KVM_API_VERSION => Ok(kvm),
+        -1 => {
+            let source = io::Error::last_os_error();
+            Err(missing("asking for the version of", source))
+        }
+        version => {
+            let source = io::Error::other(format!("it is {version}, not {KVM_API_VERSION}"));
+            Err(missing("asking for the version of", source))
+        }
+    }
 }
 
 /// Guest RAM: a memfd, so that it can be shared and saved; of a fixed size, so that nobody can shrink it under

@@ -86,6 +86,7 @@ pub fn run(context: Context) -> Result<(), ControlError> {
         if ready.contains(&COMPANION_OUTPUT) {
             session.read_output();
         }
+        session.look_at_guest();
         if session.stopping || ready.contains(&MACHINE_STOPPED) {
             return finish(&mut session);
         }

@@ -194,6 +194,19 @@ impl Session {
         }
     }
 
+    /// Something has happened; perhaps the guest of a companion has come to use a device.
+    pub(super) fn look_at_guest(&mut self) {
+        if let Some(Built {
+            machine: AnyMachine::Companion(machine),
+            devices,
+        }) = &mut self.built
+            && machine.is_booting()
+            && !devices.guest_ranges().is_empty()
+        {
+            machine.booted();
+        }
+    }
+
     fn start(&mut self) -> Result<(), Refusal> {
         let started_us = now_us();
         self.change(

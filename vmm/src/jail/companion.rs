@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::thread::UnshareFlags;
 
 use super::error::{Doing, check};
-use super::{JailError, identity, landlock, process, root};
+use super::{Copies, JailError, identity, landlock, process, root};
 
 /// What the companion is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub struct Program {
     pub path: PathBuf,
     /// Its arguments, without its name.
     pub arguments: Vec<OsString>,
-    /// Files of the host, and their names in its root.
+    /// Files of the host, of which it finds copies under these names in `/boot`, until it has read them.
     pub files: Vec<(PathBuf, String)>,
     /// The descriptors that it inherits under their numbers, beside 0 to 2. This process closes them.
     pub fds: Vec<RawFd>,
@@ -39,6 +39,8 @@ pub struct Companion {
     pub pidfd: OwnedFd,
     /// What it writes to its standard streams. Nonblocking.
     pub output: OwnedFd,
+    /// Its files.
+    pub copies: Copies,
 }
 
 /// Starts `program` as user `uid` and group `gid`. The caller is process 1 of its namespaces and has one thread.
@@ -46,15 +48,16 @@ pub(super) fn spawn(program: &Program, uid: u32, gid: u32) -> Result<Companion, 
     let action = || format!("starting {}", program.path.display());
     let (output, its_output) = pipe_with(PipeFlags::CLOEXEC).doing("making a pipe")?;
     let (apart, is_apart) = pipe_with(PipeFlags::CLOEXEC).doing("making a pipe")?;
+    let (copies, boot) = Copies::make(&program.files)?;
     // SAFETY: this is the only thread, so the child may do all that the parent may.
     let child = check(unsafe { libc::fork() }).doing(action())?;
     if child == 0 {
-        let Err(error) = become_program(program, its_output, is_apart, uid, gid);
+        let Err(error) = become_program(program, boot, its_output, is_apart, uid, gid);
         eprintln!("{error}");
         // SAFETY: ends this process without running exit handlers, which are the parent's.
         unsafe { libc::_exit(127) };
     }
-    drop((its_output, is_apart));
+    drop((its_output, is_apart, boot));
     // A root that this process changes to would become the child's too, as long as they share a mount namespace.
     rustix::io::read(&apart, &mut [0_u8]).doing(action())?;
     for &fd in &program.fds {
@@ -66,12 +69,17 @@ pub(super) fn spawn(program: &Program, uid: u32, gid: u32) -> Result<Companion, 
         .ok_or(io::ErrorKind::NotFound)
         .doing(action())?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(action())?;
-    Ok(Companion { pidfd, output })
+    Ok(Companion {
+        pidfd,
+        output,
+        copies,
+    })
 }
 
 /// What the child does: it returns only if it cannot become the program.
 fn become_program(
     program: &Program,
+    boot: OwnedFd,
     output: OwnedFd,
     is_apart: OwnedFd,
     uid: u32,
@@ -87,13 +95,14 @@ fn become_program(
             .doing("giving the companion its standard streams")?;
     }
     drop(output);
-    process::keep_descriptors(program.fds.iter().copied())?;
+    let kept = program.fds.iter().copied();
+    process::keep_descriptors(kept.chain([boot.as_raw_fd()]))?;
     for &fd in &program.fds {
         // SAFETY: F_SETFD has no memory operands.
         check(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })
             .doing(format!("letting the companion inherit descriptor {fd}"))?;
     }
-    root::build_for(program)?;
+    root::build_for(program, boot)?;
     identity::forbid_new_privileges()?;
     landlock::restrict_companion()?;
     identity::become_unprivileged(uid, gid, false)?;

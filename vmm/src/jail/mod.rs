@@ -8,6 +8,7 @@
 //! | module | what lives there |
 //! | --- | --- |
 //! | [`companion`] | a hypervisor that is not ours, in a room beside |
+//! | [`copies`] | what the companion reads once |
 //! | `process` | descriptors, environment, limits, the namespaces and the fork into them |
 //! | `root` | the private root: `/share`, `/vsock`, `/proc/self/fd`, and nothing else |
 //! | `identity` | user and group ids, capabilities |
@@ -15,6 +16,7 @@
 //! | `seccomp` | the system calls of each kind of thread |
 
 pub mod companion;
+pub mod copies;
 mod error;
 mod identity;
 mod landlock;
@@ -27,6 +29,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 pub use companion::{Companion, Program};
+pub use copies::Copies;
 pub use error::JailError;
 pub use landlock::Landlock;
 

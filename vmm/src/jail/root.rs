@@ -63,6 +63,9 @@ pub(super) fn build(jail: &Jail) -> Result<File, JailError> {
     Ok(smaps)
 }
 
+/// Where a companion finds its files.
+const BOOT: &str = "boot";
+
 /// Where programs and their libraries are: in one of these, or beside the program.
 const SYSTEM: [&str; 9] = [
     "/usr",
@@ -77,8 +80,9 @@ const SYSTEM: [&str; 9] = [
 ];
 
 /// Replaces the root of a program that is to be executed: what the host has in [`SYSTEM`] and the program's own
-/// directory, read-only, and its files. No devices, no /proc, nothing that can be written.
-pub(super) fn build_for(program: &Program) -> Result<(), JailError> {
+/// directory, read-only, and its files: `boot`, which is not mounted yet. No devices, no /proc, nothing that can be
+/// written.
+pub(super) fn build_for(program: &Program, boot: OwnedFd) -> Result<(), JailError> {
     keep_mounts_here()?;
     let read_only = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY;
     let own = program.path.parent().unwrap_or(Path::new("/"));
@@ -101,11 +105,8 @@ pub(super) fn build_for(program: &Program) -> Result<(), JailError> {
             )),
         }
     }
-    for (path, name) in &program.files {
-        let file = tree(Some(path), read_only, libc::MS_PRIVATE)?;
-        trees.push((relative(Path::new(name)), false, file));
-    }
     assemble()?;
+    mount_boot(boot)?;
     for (path, target) in links {
         make_directories(path.rsplit_once('/').map_or("", |(directory, _)| directory))
             .and_then(|()| rustix::fs::symlinkat(&target, CWD, &path))
@@ -117,6 +118,19 @@ pub(super) fn build_for(program: &Program) -> Result<(), JailError> {
         attach(tree.as_fd(), &path)?;
     }
     change_root()
+}
+
+/// Mounts the companion's files read-only. Their owner writes to them by another mount, which is no more to be found.
+fn mount_boot(boot: OwnedFd) -> Result<(), JailError> {
+    make_directories(BOOT).doing(format!("making /{BOOT} in the private root"))?;
+    attach(boot.as_fd(), BOOT)?;
+    let read_only = HARMLESS | libc::MOUNT_ATTR_RDONLY;
+    let again = tree(Some(Path::new(BOOT)), read_only, libc::MS_PRIVATE)?;
+    unmount(BOOT, UnmountFlags::DETACH).doing(format!("making /{BOOT} read-only"))?;
+    match again {
+        Some(again) => attach(again.as_fd(), BOOT),
+        None => Ok(()),
+    }
 }
 
 fn relative(path: &Path) -> String {
@@ -145,7 +159,7 @@ fn keep_mounts_here() -> Result<(), JailError> {
 
 /// Mounts an empty root, and enters it.
 fn assemble() -> Result<(), JailError> {
-    let root = tmpfs().doing("making a tmpfs for the private root")?;
+    let root = tmpfs("16k").doing("making a tmpfs for the private root")?;
     attach(root.as_fd(), ASSEMBLY)?;
     rustix::process::chdir(ASSEMBLY).doing("entering the private root")
 }
@@ -205,9 +219,10 @@ fn set_attributes(
     Ok(())
 }
 
-fn tmpfs() -> rustix::io::Result<OwnedFd> {
+/// A file system in memory, of at most `size`, that is not mounted yet.
+pub(super) fn tmpfs(size: &str) -> rustix::io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [("size", "16k"), ("nr_inodes", "64"), ("mode", "0555")] {
+    for (key, value) in [("size", size), ("nr_inodes", "64"), ("mode", "0555")] {
         fsconfig_set_string(context.as_fd(), key, value)?;
     }
     fsconfig_create(context.as_fd())?;

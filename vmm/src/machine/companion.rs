@@ -92,6 +92,18 @@ impl CompanionMachine {
         }
     }
 
+    /// Whether [`Self::booted`] was not called yet.
+    pub fn is_booting(&self) -> bool {
+        !self.companion.copies.is_empty()
+    }
+
+    /// The guest uses a device: its kernel runs, and what the companion was given to start it with is needed no more.
+    pub fn booted(&mut self) {
+        if let Err(error) = self.companion.copies.take_away() {
+            eprintln!("cella-vmm: giving back the memory of the guest's kernel file: {error}");
+        }
+    }
+
     /// The companion runs the guest as soon as it has its devices: there is nothing to be done but to know.
     ///
     /// # Errors

@@ -26,8 +26,14 @@ struct Beside {
 
 impl Beside {
     fn start(companion: &[&str]) -> Option<Self> {
+        Self::start_with(&[], companion)
+    }
+
+    fn start_with(options: &[&str], companion: &[&str]) -> Option<Self> {
         let (program, arguments) = companion.split_first().unwrap();
-        let mut words = vec!["--companion", program, "--"];
+        let mut words = vec!["--companion", program];
+        words.extend(options);
+        words.push("--");
         words.extend(arguments);
         let mut vmm = Vmm::start_with(&words)?;
         let (ours, peers): (Vec<_>, Vec<_>) = (0..2).map(|_| UnixStream::pair().unwrap()).unzip();
@@ -138,6 +144,22 @@ fn its_death_is_told_with_its_last_words() {
         beside.failed(words);
         assert_eq!(beside.vmm.ended(), (Some(0), None), "{}", beside.vmm.log());
     }
+}
+
+#[test]
+fn its_files_are_copies_that_it_cannot_change() {
+    let _alone = alone();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, b"the content").unwrap();
+    let path = file.path().to_str().unwrap();
+    let script = "echo x > /boot/kernel || echo x > /boot/new || rm -f /boot/initrd || \
+        { cat /boot/kernel >&2; exit 3; }";
+    let options = ["--companion-kernel", path, "--companion-initrd", path];
+    let Some(beside) = Beside::start_with(&options, &["/bin/sh", "-c", script]) else {
+        return;
+    };
+    beside.failed("status 3: the content");
+    assert_eq!(fs::read(file.path()).unwrap(), b"the content");
 }
 
 #[test]

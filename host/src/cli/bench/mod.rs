@@ -1,18 +1,24 @@
 //! `cella bench`: figures of this host, each by the command that a reader can repeat.
 
 mod boot;
+mod container;
+mod fs;
+mod net;
+mod netns;
 mod process;
 mod template;
+mod vsock;
+mod wire;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
 use super::pod::{self, MachineArgs};
 use super::{Context, Error};
 use crate::config::Config;
-use crate::container;
+use crate::container as record;
+use crate::error::ErrorKind;
 use crate::sandbox::Sandbox;
 use crate::timeline::Timeline;
 
@@ -40,16 +46,31 @@ enum What {
     Exec(Options),
     /// Bytes through a container's standard input to its standard output
     #[command(after_help = "Example:\n  cella bench stdio --mib 64 --json")]
-    Stdio {
-        #[command(flatten)]
-        options: Options,
-        /// How many MiB
-        #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
-        mib: u32,
-    },
+    Stdio(Amount),
+    /// Files of the shared directory, over virtiofs: reading, writing, looking up
+    #[command(after_help = "Example:\n  cella bench fs --mib 64 --json")]
+    Fs(Amount),
+    /// A block device of the guest's
+    #[command(after_help = "Example:\n  cella bench block --json")]
+    Block(Options),
+    /// TCP through the guest's network interface, to a network namespace made for it by ip (iproute2)
+    #[command(after_help = "Example:\n  cella bench net --mib 64 --json")]
+    Net(Amount),
+    /// Connections out of the guest, as standard streams are: a message's delay, and bytes each way
+    #[command(after_help = "Example:\n  cella bench vsock --mib 64 --json")]
+    Vsock(Amount),
 }
 
 #[derive(Debug, clap::Args)]
+struct Amount {
+    #[command(flatten)]
+    options: Options,
+    /// How many MiB each way
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    mib: u32,
+}
+
+#[derive(Clone, Debug, clap::Args)]
 struct Options {
     /// Print JSON
     #[arg(long)]
@@ -63,34 +84,24 @@ struct Options {
 
 /// Measures and prints.
 pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
-    let (options, figures) = match args.what {
-        What::Boot(options) => {
-            let figures = boot::boot(context, &options).await?;
-            (options, figures)
+    let (json, figures) = match &args.what {
+        What::Boot(options) => (options.json, boot::boot(context, options).await?),
+        What::Memory(options) => (options.json, boot::memory(context, options).await?),
+        What::Start(options) => (options.json, start(context, options).await?),
+        What::Exec(options) => (options.json, process::exec(context, options).await?),
+        What::Block(_) => return Err(no_disks()),
+        What::Stdio(Amount { options, mib }) => {
+            (options.json, process::stdio(context, options, *mib).await?)
         }
-        What::Memory(options) => {
-            let figures = boot::memory(context, &options).await?;
-            (options, figures)
+        What::Fs(Amount { options, mib }) => (options.json, fs::fs(context, options, *mib).await?),
+        What::Net(Amount { options, mib }) => {
+            (options.json, net::net(context, options, *mib).await?)
         }
-        What::Start(options) => {
-            let mut figures = process::start(context, &options).await?;
-            if let (Value::Object(all), Some(Value::Object(clones))) =
-                (&mut figures, template::clones(context, &options).await?)
-            {
-                all.extend(clones);
-            }
-            (options, figures)
-        }
-        What::Exec(options) => {
-            let figures = process::exec(context, &options).await?;
-            (options, figures)
-        }
-        What::Stdio { options, mib } => {
-            let figures = process::stdio(context, &options, mib).await?;
-            (options, figures)
+        What::Vsock(Amount { options, mib }) => {
+            (options.json, vsock::vsock(context, options, *mib).await?)
         }
     };
-    match (options.json, figures) {
+    match (json, figures) {
         (false, Value::Object(figures)) => {
             for (name, figure) in figures {
                 println!("{name:<24} {figure}");
@@ -99,6 +110,26 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
         (_, figures) => println!("{figures}"),
     }
     Ok(0)
+}
+
+/// A cold start, and clones where machines can be saved.
+async fn start(context: &Context, options: &Options) -> Result<Value, Error> {
+    let mut figures = process::start(context, options).await?;
+    if let (Value::Object(all), Some(Value::Object(clones))) =
+        (&mut figures, template::clones(context, options).await?)
+    {
+        all.extend(clones);
+    }
+    Ok(figures)
+}
+
+/// The VMM has a block device, but no sandbox is given one.
+fn no_disks() -> Error {
+    Error::Usage {
+        kind: ErrorKind::Unimplemented,
+        message: "no sandbox has a block device yet: images and volumes are files of the shared directory (cella bench fs)"
+            .to_owned(),
+    }
 }
 
 /// A sandbox of its own for one measurement.
@@ -111,26 +142,6 @@ async fn sandbox(
         template: false,
         ..Config::load(&context.paths)?
     };
-    let id = format!("bench-{}", container::new_id()?);
+    let id = format!("bench-{}", record::new_id()?);
     pod::boot(context, &config, &id, false, &options.machine, timeline).await
-}
-
-/// A root file system with busybox alone, in the sandbox's shared directory under `id`.
-fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Error> {
-    let rootfs = sandbox.dir().container_share(id).join("rootfs");
-    let copy = || {
-        for dir in ["bin", "proc", "dev", "sys", "tmp"] {
-            fs::create_dir_all(rootfs.join(dir))?;
-        }
-        fs::copy(busybox, rootfs.join("bin/busybox")).map(drop)
-    };
-    copy().map_err(|e| {
-        Error::host(
-            format!(
-                "making a container of {} (Debian: busybox-static)",
-                busybox.display()
-            ),
-            e,
-        )
-    })
 }

@@ -4,12 +4,11 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::time::Instant;
 
-use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 
-use super::{Context, Error, Options, busybox_rootfs, sandbox};
+use super::container::{container, process};
+use super::{Context, Error, Options, sandbox};
 use crate::sandbox::stdio::{self, Streams, Wanted};
-use crate::sandbox::{Sandbox, volume};
 use crate::timeline::Timeline;
 
 /// How often a repeated measurement is made; the median counts.
@@ -108,35 +107,8 @@ async fn echo(streams: Streams, sent: Vec<u8>) -> Result<Vec<u8>, Error> {
     Ok(received)
 }
 
-/// Creates a container of busybox alone.
-pub(super) async fn container(
-    sandbox: &Sandbox,
-    id: &str,
-    options: &Options,
-    command: &[&str],
-) -> Result<Streams, Error> {
-    busybox_rootfs(sandbox, id, &options.busybox)?;
-    let mut spec = Spec::default();
-    spec.set_process(Some(process(command)));
-    volume::share(sandbox.dir(), id, &mut spec, |_| None)?;
-    let wanted = Wanted {
-        stdin: true,
-        terminal: None,
-    };
-    let (stdio, pending) = stdio::listen(&sandbox.dir().sockets(), wanted)?;
-    let (_, streams) = tokio::try_join!(sandbox.create(id, &spec, stdio), pending.accept())?;
-    Ok(streams)
-}
-
-fn process(command: &[&str]) -> Process {
-    let mut process = Process::default();
-    process.set_args(Some(command.iter().map(|&word| word.to_owned()).collect()));
-    process.set_terminal(Some(false));
-    process
-}
-
 /// Bytes that repeat only after a long while, so that a lost or doubled piece shows.
-fn pattern(len: usize) -> Vec<u8> {
+pub(super) fn pattern(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_u32;
     let step = |_| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -50,7 +50,12 @@ impl Line {
         line.extend(self.devices(spec));
         line.extend(self.console());
         let boot = [
-            "-kernel", "/kernel", "-initrd", "/initrd", "-append", &kernel,
+            "-kernel",
+            "/boot/kernel",
+            "-initrd",
+            "/boot/initrd",
+            "-append",
+            &kernel,
         ];
         line.extend(boot.map(str::to_owned));
         line
