@@ -9,7 +9,7 @@ use std::sync::Arc;
 use libseccomp::{ScmpAction, ScmpArch, ScmpSyscall};
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag};
 
-use self::ranges::{in_front_of, instruction};
+use self::ranges::{either, instruction};
 use self::rules::Rules;
 use super::kept::Kept;
 use super::{Error, Result};
@@ -70,10 +70,15 @@ impl SeccompPlan {
             ));
         }
         let default = action(spec.default_action(), spec.default_errno_ret())?;
-        let architectures = architectures(spec)?;
-        let rules = Rules::new(spec, default)?;
-        let compiled = rules.conditional(default, &architectures)?;
-        let mut program = in_front_of(&compiled, &rules.tables(&architectures));
+        // What 32-bit x86 has two ways to call is plain elsewhere.
+        let (two_ways, one_way): (Vec<_>, Vec<_>) = architectures(spec)?
+            .into_iter()
+            .partition(|arch| *arch == ScmpArch::X86);
+        let mut program = Rules::new(spec, default, false)?.compile(default, &one_way)?;
+        if !two_ways.is_empty() {
+            let of_i386 = Rules::new(spec, default, true)?.compile(default, &two_ways)?;
+            program = either(AUDIT_ARCH_I386, &of_i386, &program);
+        }
         if let ScmpAction::Errno(errno) = default
             && errno != libc::ENOSYS
         {

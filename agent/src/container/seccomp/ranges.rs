@@ -80,6 +80,22 @@ pub(super) fn in_front_of(rest: &[sock_filter], tables: &BTreeMap<u32, Table>) -
     code
 }
 
+/// One program for system calls of `architecture`, another for those of all others.
+pub(super) fn either(
+    architecture: u32,
+    this: &[sock_filter],
+    others: &[sock_filter],
+) -> Vec<sock_filter> {
+    let mut code = vec![
+        load(ARCHITECTURE),
+        instruction(JUMP_EQUAL, 1, 0, architecture),
+        jump(this.len()),
+    ];
+    code.extend_from_slice(this);
+    code.extend_from_slice(others);
+    code
+}
+
 /// Stands for the distance to what is behind the trees. No program is as long.
 const UNDECIDED: u32 = u32::MAX;
 

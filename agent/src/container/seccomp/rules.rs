@@ -8,7 +8,7 @@ use libseccomp::{
 };
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompArg, LinuxSeccompOperator};
 
-use super::ranges::Table;
+use super::ranges::{Table, in_front_of};
 use super::{AUDIT_ARCH, AUDIT_ARCH_I386, AUDIT_ARCH_X86_64, NATIVE, action, failure};
 use crate::container::Result;
 
@@ -62,7 +62,8 @@ pub(super) struct Rules<'a> {
 }
 
 impl<'a> Rules<'a> {
-    pub(super) fn new(spec: &'a LinuxSeccomp, default: ScmpAction) -> Result<Self> {
+    /// For architectures with [`TWO_WAYS`], or for others.
+    pub(super) fn new(spec: &'a LinuxSeccomp, default: ScmpAction, two_ways: bool) -> Result<Self> {
         let mut all = Vec::new();
         for rule in spec.syscalls().iter().flatten() {
             let action = action(rule.action(), rule.errno_ret())?;
@@ -83,7 +84,8 @@ impl<'a> Rules<'a> {
             *times = times.saturating_add(1);
         }
         let is_plain = |name: &str, args: &[LinuxSeccompArg]| {
-            args.is_empty() && times.get(name) == Some(&1) && !TWO_WAYS.contains(&name)
+            let conditional = two_ways && TWO_WAYS.contains(&name);
+            args.is_empty() && times.get(name) == Some(&1) && !conditional
         };
         let (plain, others): (Vec<_>, Vec<_>) = all
             .into_iter()
@@ -97,9 +99,19 @@ impl<'a> Rules<'a> {
         })
     }
 
+    /// The program for these architectures: a tree for the plain ones, libseccomp's for the others.
+    pub(super) fn compile(
+        &self,
+        default: ScmpAction,
+        architectures: &[ScmpArch],
+    ) -> Result<Vec<libc::sock_filter>> {
+        let others = self.conditional(default, architectures)?;
+        Ok(in_front_of(&others, &self.tables(architectures)))
+    }
+
     /// The plain ones' verdicts, by architecture. 32-bit pointers on x86_64 (x32) are no architecture of their own to the
     /// kernel: their numbers have a bit of their own.
-    pub(super) fn tables(&self, architectures: &[ScmpArch]) -> BTreeMap<u32, Table> {
+    fn tables(&self, architectures: &[ScmpArch]) -> BTreeMap<u32, Table> {
         let mut tables = BTreeMap::<u32, Table>::new();
         for arch in architectures {
             let audit = match arch {
@@ -143,6 +155,12 @@ impl<'a> Rules<'a> {
             context
                 .add_arch(*arch)
                 .map_err(failure(format!("adding architecture {arch:?}")))?;
+        }
+        // It is there from the beginning.
+        if !architectures.contains(&NATIVE) {
+            context
+                .remove_arch(NATIVE)
+                .map_err(failure("removing this machine's architecture"))?;
         }
         for (name, action, args) in &self.others {
             // As above.

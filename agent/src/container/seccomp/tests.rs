@@ -5,7 +5,7 @@ use super::*;
 /// What libseccomp makes of all the rules, one by one.
 fn by_libseccomp_alone(spec: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
     let default = action(spec.default_action(), spec.default_errno_ret())?;
-    let Rules { plain, others } = Rules::new(spec, default)?;
+    let Rules { plain, others } = Rules::new(spec, default, true)?;
     let plain = plain
         .into_iter()
         .map(|(name, action)| (name, action, &[][..]));
