@@ -76,8 +76,8 @@ fuzz: ## Every fuzz target for a minute (installs cargo-fuzz if it is missing)
 bench: bench-boot ## Measures this host; results and a picture of them in target/bench
 	tests/bench.sh
 
-bench-boot: deps-test build ## Guest instructions (under QEMU) and VM exits (on KVM) of a boot
-	tests/bench-boot.sh
+bench-boot: deps-test build ## Guest instructions and VM exits of a boot, against their budget (RENEW=1 renews it, PROFILE=1: by function)
+	tests/bench-boot.sh $(if $(RENEW),--renew) $(if $(PROFILE),--profile)
 
 install: build ## Installs under PREFIX (default /usr/local) and /usr/libexec/cella
 	install -D -m755 $(CELLA) $(DESTDIR)$(PREFIX)/bin/cella

@@ -21,6 +21,7 @@ use crate::workers::{Slot, Workers};
 use crate::{guest, identity, info, power};
 
 mod container;
+mod measure;
 mod process;
 mod sandbox;
 mod state;

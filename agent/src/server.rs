@@ -25,7 +25,7 @@ pub struct Options {
     pub in_guest: bool,
     /// Where the cgroup v2 hierarchy is mounted.
     pub cgroup_root: PathBuf,
-    /// Report the instruction count instead of calling the host, and end.
+    /// Measure instead of calling the host, and end: [`icount`].
     pub icount: bool,
     /// The guest becomes a template: everything that needs no identity is done before the host is called, and the call
     /// says no more than that. Whoever the guest becomes is told to the agent's own port.
@@ -81,8 +81,10 @@ pub async fn serve(options: Options, entry: Entry) -> Result<(), crate::error::E
                 source,
             })?;
     if options.icount {
-        icount::report(entry.ticks);
+        // Boxed, so that no guest that serves keeps room for it.
+        Box::pin(icount::measure(options, entry)).await;
         crate::power::off();
+        return Ok(());
     }
     if options.template {
         return serve_template(options, entry, listener).await;

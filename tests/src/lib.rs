@@ -9,6 +9,7 @@
     reason = "test support"
 )]
 
+pub mod boot;
 pub mod containerd;
 pub mod image;
 pub mod peers;

@@ -187,49 +187,93 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         load_word(4, 4),
         load_word(5, 8),
     ];
-    for rule in rules.iter().rev() {
-        compile_rule(rule, &mut program);
+    let rules: Vec<Rule> = rules.iter().rev().copied().collect();
+    let Code { code, ends } = compile_rules(&rules, &CONDITIONS);
+    program.extend(code);
+    // The kernel refuses a program with instructions that are never reached.
+    if !ends {
+        program.push(move_immediate(0, 0));
+        program.push(exit());
     }
-    program.push(move_immediate(0, 0));
-    program.push(exit());
     program
 }
 
-fn compile_rule(rule: &Rule, program: &mut Vec<Instruction>) {
-    let body = if rule.allow {
-        vec![
+/// A register, and what a rule wants it to be.
+type Condition = (u8, fn(&Rule) -> Option<u32>);
+
+const CONDITIONS: [Condition; 3] = [
+    (2, |rule| rule.kind),
+    (4, |rule| rule.major),
+    (5, |rule| rule.minor),
+];
+
+/// As many rules at most are behind one jump, which reaches 32,767 instructions: a rule has at most 8.
+const MOST_BEHIND_A_JUMP: usize = 1024;
+
+/// Part of a program.
+struct Code {
+    code: Vec<Instruction>,
+    /// Whether no request gets behind it.
+    ends: bool,
+}
+
+/// Neighbours that want the same of a register ask once: the kernel's verifier follows every jump both ways, and is most of
+/// what a container's first filter costs.
+fn compile_rules(rules: &[Rule], conditions: &[Condition]) -> Code {
+    let mut result = Code {
+        code: Vec::new(),
+        ends: false,
+    };
+    let Some(((register, wanted), further)) = conditions.split_first() else {
+        for rule in rules {
+            let Code { code, ends } = compile_rule(rule);
+            result.code.extend(code);
+            result.ends = ends;
+            if ends {
+                break;
+            }
+        }
+        return result;
+    };
+    let alike = rules.chunk_by(|left, right| wanted(left) == wanted(right));
+    for run in alike.flat_map(|run| run.chunks(MOST_BEHIND_A_JUMP)) {
+        let Code { code, ends } = compile_rules(run, further);
+        let value = run.first().and_then(wanted);
+        if let Some(value) = value {
+            let skip = i16::try_from(code.len()).unwrap_or(i16::MAX);
+            let jump = instruction(JUMP32_NOT_EQUAL, *register, 0, skip, value as i32);
+            result.code.push(jump);
+        }
+        result.code.extend(code);
+        if ends && value.is_none() {
+            result.ends = true;
+            break;
+        }
+    }
+    result
+}
+
+/// What a rule does with a request that it matches.
+fn compile_rule(rule: &Rule) -> Code {
+    let ends = rule.access == ALL;
+    let code = match (rule.allow, ends) {
+        // There is always something left to decide, and it decides all.
+        (allow, true) => vec![move_immediate(0, i32::from(allow)), exit()],
+        (true, false) => vec![
             instruction(ALU32_AND, 3, 0, 0, !rule.access as i32),
             instruction(JUMP32_NOT_EQUAL, 3, 0, 2, 0),
             move_immediate(0, 1),
             exit(),
-        ]
-    } else {
-        vec![
+        ],
+        (false, false) => vec![
             instruction(ALU32_MOV_REGISTER, 0, 3, 0, 0),
             instruction(ALU32_AND, 0, 0, 0, rule.access as i32),
             instruction(JUMP32_EQUAL, 0, 0, 2, 0),
             move_immediate(0, 0),
             exit(),
-        ]
+        ],
     };
-    let conditions: Vec<(u8, u32)> = [(2, rule.kind), (4, rule.major), (5, rule.minor)]
-        .into_iter()
-        .filter_map(|(register, value)| value.map(|value| (register, value)))
-        .collect();
-    // A condition that fails jumps behind the body: over the conditions left (at most 2) and the body (at most 5).
-    let mut left = conditions.len();
-    for (register, value) in conditions {
-        left = left.saturating_sub(1);
-        let skip = i16::try_from(left.saturating_add(body.len())).unwrap_or(i16::MAX);
-        program.push(instruction(
-            JUMP32_NOT_EQUAL,
-            register,
-            0,
-            skip,
-            value as i32,
-        ));
-    }
-    program.extend(body);
+    Code { code, ends }
 }
 
 const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W

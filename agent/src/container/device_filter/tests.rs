@@ -139,6 +139,45 @@ fn nonsense_is_refused() {
 }
 
 #[test]
+fn rules_by_the_thousand_are_compiled_right() {
+    let rules: Vec<Rule> = (0..5000)
+        .map(|minor| Rule {
+            kind: Some(CHAR),
+            major: Some(8),
+            minor: Some(minor),
+            access: READ,
+            allow: minor % 2 == 0,
+        })
+        .collect();
+    let program = compile(&rules);
+    for minor in [0, 1, 1023, 1024, 2500, 4998, 4999, 5000] {
+        let expected = u64::from(minor % 2 == 0 && minor < 5000);
+        assert_eq!(
+            interpret(&program, CHAR, READ, 8, minor),
+            Some(expected),
+            "{minor}"
+        );
+        assert_eq!(
+            interpret(&program, BLOCK, READ, 8, minor),
+            Some(0),
+            "{minor}"
+        );
+    }
+}
+
+#[test]
+fn what_every_container_has_is_asked_for_once() {
+    let filter = filter("[]");
+    let program = filter.program.unwrap();
+    let jumps = program
+        .iter()
+        .filter(|i| i.code == JUMP32_NOT_EQUAL)
+        .count();
+    // A type and its two majors, eight minors, a major of all minors; and two types of which nodes may be made.
+    assert!(jumps <= 16, "{jumps} jumps in {program:?}");
+}
+
+#[test]
 fn the_kernel_takes_the_program() {
     let filter = filter(r#"[{"allow":true,"type":"b","major":8,"minor":0,"access":"r"}]"#);
     match load(&filter.program.unwrap()) {
@@ -182,6 +221,18 @@ mod property {
             let result = interpret(&compile(&rules), kind, access, major, minor);
             let expected = u64::from(specified(&rules, kind, access, major, minor));
             prop_assert_eq!(result, Some(expected));
+        }
+
+        /// It refuses, among others, instructions that are never reached.
+        #[test]
+        fn the_kernel_takes_every_program(rules in prop::collection::vec(rule(), 0..12)) {
+            match load(&compile(&rules)) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) || e.raw_os_error() == Some(libc::E2BIG) => {
+                    prop_assert!(false, "{e}: {:?}", compile(&rules));
+                }
+                // Without the right to load programs nothing is known.
+                _ => {}
+            }
         }
     }
 }

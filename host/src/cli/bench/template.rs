@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::process::{self, median};
+use super::container;
+use super::process::median;
 use super::{Context, Error, Options};
 use crate::cli::pod;
 use crate::config::Config;
@@ -78,7 +79,7 @@ async fn first_output(context: &Context, config: &Config, options: &Options) -> 
     let (begin, timeline) = (Instant::now(), Timeline::new());
     let sandbox = pod::boot(context, config, &id, false, &options.machine, &timeline).await?;
     let command = ["/bin/busybox", "echo", "first"];
-    let streams = process::container(&sandbox, "c", options, &command).await?;
+    let streams = container::container(&sandbox, "c", options, &command).await?;
     sandbox.start("c", "").await?;
     let Some(mut stdout) = streams.stdout else {
         return Err(Error::usage("the container has no streams"));
