@@ -16,6 +16,8 @@ else
 fi
 if command -v qemu-system-x86_64 > /dev/null; then
     measure qemu -qemu
+    echo "== the shim under containerd on qemu"
+    target/release/bench-containerd qemu | tee target/bench/containerd.json
 else
     echo "SKIPPED: no QEMU (qemu-system-x86)"
 fi

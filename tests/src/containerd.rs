@@ -22,14 +22,40 @@ const SOON: Duration = Duration::from_secs(30);
 pub struct Containerd {
     /// Its directories, and the sandboxes'.
     pub host: Host,
+    /// The daemon's binary; its `ctr` and shims are beside it.
+    program: PathBuf,
     child: Child,
     /// Shims' sockets that others had before.
     sockets: Vec<PathBuf>,
 }
 
+/// A client of a daemon's CRI service.
+pub struct Cri {
+    socket: PathBuf,
+}
+
+impl Cri {
+    /// Calls a method; an error has gRPC's code and message.
+    pub fn call(&self, method: &str, request: &Value) -> Result<Value, String> {
+        let mut command = Command::new(client());
+        command
+            .arg(&self.socket)
+            .arg(method)
+            .arg(request.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let said = finish(command.spawn().unwrap(), &[]);
+        match said.status {
+            0 => Ok(serde_json::from_str(&said.stdout).unwrap()),
+            _ => Err(said.stderr),
+        }
+    }
+}
+
 /// What the machine lacks for containerd, if it lacks anything.
 pub fn containerd_is_missing() -> Option<String> {
-    for program in [containerd(), ctr()] {
+    for program in [containerd(), beside(&containerd(), "ctr")] {
         if let Err(error) = Command::new(&program).arg("--version").output() {
             return Some(format!("{} ({error})", program.display()));
         }
@@ -55,10 +81,10 @@ fn containerd() -> PathBuf {
     std::env::var_os("CELLA_TEST_CONTAINERD").map_or_else(|| "containerd".into(), PathBuf::from)
 }
 
-fn ctr() -> PathBuf {
-    match containerd().parent() {
-        Some(dir) if dir != Path::new("") => dir.join("ctr"),
-        _ => "ctr".into(),
+fn beside(program: &Path, name: &str) -> PathBuf {
+    match program.parent() {
+        Some(dir) if dir != Path::new("") => dir.join(name),
+        _ => name.into(),
     }
 }
 
@@ -69,11 +95,16 @@ fn client() -> PathBuf {
 impl Containerd {
     /// Starts one whose sandboxes run on `hypervisor`, with the image in it.
     pub fn start(hypervisor: &str) -> Self {
-        let host = Host::on(hypervisor);
+        Self::start_on(Host::on(hypervisor), &containerd())
+    }
+
+    /// Starts `program` on a host, with the image in it.
+    pub fn start_on(host: Host, program: &Path) -> Self {
         write_configuration(&host);
-        let child = spawn(&host);
+        let child = spawn(&host, program);
         let daemon = Self {
             host,
+            program: program.to_path_buf(),
             child,
             sockets: sockets(),
         };
@@ -103,7 +134,7 @@ impl Containerd {
 
     /// The first number of its version.
     pub fn major(&self) -> u32 {
-        let said = Command::new(containerd())
+        let said = Command::new(&self.program)
             .arg("--version")
             .output()
             .unwrap();
@@ -128,7 +159,7 @@ impl Containerd {
 
     /// A `ctr` command for this daemon.
     pub fn ctr_command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(ctr());
+        let mut command = Command::new(beside(&self.program, "ctr"));
         command.arg("--address").arg(self.socket()).args(args);
         // The newer one's, of this host's cgroups, would be in what containers say.
         command.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
@@ -197,16 +228,13 @@ impl Containerd {
 
     /// Calls a CRI method.
     pub fn try_cri(&self, method: &str, request: &Value) -> Result<Value, String> {
-        let mut command = Command::new(client());
-        command
-            .arg(self.socket())
-            .arg(method)
-            .arg(request.to_string());
-        self.host.on_this_host(&mut command);
-        let said = finish(command.spawn().unwrap(), &[]);
-        match said.status {
-            0 => Ok(serde_json::from_str(&said.stdout).unwrap()),
-            _ => Err(said.stderr),
+        self.cri_client().call(method, request)
+    }
+
+    /// A client that does not care whether the daemon lives.
+    pub fn cri_client(&self) -> Cri {
+        Cri {
+            socket: self.socket(),
         }
     }
 
@@ -221,7 +249,7 @@ impl Containerd {
     pub fn crash(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = spawn(&self.host);
+        self.child = spawn(&self.host, &self.program);
         self.wait_ready();
     }
 
@@ -317,19 +345,22 @@ impl Drop for Containerd {
     }
 }
 
-fn spawn(host: &Host) -> Child {
+fn spawn(host: &Host, program: &Path) -> Child {
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(host.path("containerd.log"))
         .unwrap();
     let shims = root().join("target/release");
+    let own = program.parent().map(Path::to_path_buf).unwrap_or_default();
     let path = std::env::var("PATH").unwrap();
-    let mut command = Command::new(containerd());
+    let dirs = [shims, own].into_iter().chain(std::env::split_paths(&path));
+    let dirs = dirs.filter(|dir| !dir.as_os_str().is_empty());
+    let mut command = Command::new(program);
     command.arg("--config").arg(host.path("containerd.toml"));
     host.on_this_host(&mut command);
     command
-        .env("PATH", format!("{}:{path}", shims.display()))
+        .env("PATH", std::env::join_paths(dirs).unwrap())
         .stdout(Stdio::null())
         .stderr(log);
     command.spawn().unwrap()
@@ -364,6 +395,12 @@ pod_annotations = ["io.cella.*"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.cella-sandbox]
 runtime_type = "{RUNTIME}"
 sandboxer = "shim"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{dir}/hosts"
+[plugins."io.containerd.nri.v1.nri"]
+socket_path = "{dir}/nri.sock"
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "/usr/lib/cni"
 conf_dir = "{dir}/cni"

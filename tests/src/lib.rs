@@ -9,6 +9,7 @@
     reason = "test support"
 )]
 
+pub mod conformance;
 pub mod containerd;
 
 use std::ffi::OsStr;
