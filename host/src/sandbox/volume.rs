@@ -10,7 +10,7 @@ use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::GUEST_SHARE;
-use super::dir::SandboxDir;
+use super::dir::{SandboxDir, mounts_below};
 use super::error::Error;
 use super::idmap::IdMap;
 use crate::error::ErrorKind;
@@ -64,9 +64,25 @@ pub fn share(
             follow: has_option(mount, "rslave") || has_option(mount, "slave"),
             mapped_by: namespace.as_ref().map(AsFd::as_fd),
         };
-        bind(&source, &on_host.join(&place), bound)?;
+        let target = on_host.join(&place);
+        bind(&source, &target, bound)?;
+        if bound.read_only && !bound.recursive {
+            leave_read_only_to_host(mount, &target, bound.follow)?;
+        }
         mount.set_source(Some(in_guest.join(&place)));
     }
+    Ok(())
+}
+
+/// What is mounted below a read-only volume may be written to. The guest has one file system of it all, which it could make
+/// read-only as a whole only: the host alone does it then.
+fn leave_read_only_to_host(mount: &mut Mount, target: &Path, follow: bool) -> Result<(), Error> {
+    if !follow && mounts_below(target)?.len() <= 1 {
+        return Ok(());
+    }
+    let options = mount.options().clone().unwrap_or_default();
+    let others = options.into_iter().filter(|option| option != "ro");
+    mount.set_options(Some(others.collect()));
     Ok(())
 }
 

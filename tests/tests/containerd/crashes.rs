@@ -160,6 +160,9 @@ fn containerd_dies_in_the_middle_of_everything() {
         }
         done.store(true, Ordering::Relaxed);
     });
+    daemon.eventually("the CRI plugin answers", || {
+        daemon.try_cri("ListPodSandbox", &json!({})).is_ok()
+    });
     let pods = daemon.cri("ListPodSandbox", &json!({}));
     for pod in pods["items"].as_array().unwrap() {
         let id = json!({"pod_sandbox_id": pod["id"]});

@@ -363,6 +363,7 @@ fn volumes_of_a_pod() {
     assert_eq!(pod.sh(&one, "cat /empty/two /config/key"), "11");
     assert_ne!(pod.exec(&one, "echo x > /config/new")["exitCode"], 0);
     check_changes(&daemon, &pod, &config, &mounts);
+    check_submounts(&daemon, &pod);
 
     // Made after the pod: a volume needs no restart of it.
     let late = dir.join("late");
@@ -374,6 +375,32 @@ fn volumes_of_a_pod() {
     assert_eq!(pod.sh(&three, "cat /late/f"), "late");
     pod.remove();
     daemon.end();
+}
+
+/// Read-only is a volume, not what is mounted below it.
+fn check_submounts(daemon: &Containerd, pod: &Pod<'_>) {
+    let volume = daemon.host.path("submounts");
+    let below = volume.join("below");
+    fs::create_dir_all(&below).unwrap();
+    let mount = |args: &[&str]| {
+        assert!(
+            Command::new(args[0])
+                .args(&args[1..])
+                .arg(&below)
+                .status()
+                .unwrap()
+                .success()
+        )
+    };
+    mount(&["mount", "-t", "tmpfs", "none"]);
+    let mounts =
+        json!({"mounts": [{"container_path": "/v", "host_path": volume, "readonly": true}]});
+    let one = pod.start("submounts", "sleep 1000", &mounts);
+    mount(&["umount", "-l"]);
+    pod.sh(&one, "touch /v/below/x");
+    let said = pod.exec(&one, "touch /v/x");
+    let stderr = decode(said["stderr"].as_str().unwrap());
+    assert!(stderr.contains("Read-only file system"), "{said}");
 }
 
 /// A ConfigMap that kubelet changes is changed within a second. CRI's log has the host's time of each line.
