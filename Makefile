@@ -11,7 +11,7 @@ CELLA := target/release/cella
 
 # What builds; what tests beside it.
 BUILD_PACKAGES := build-essential libseccomp-dev cpio flex bison bc libelf-dev xz-utils linux-source-6.12
-TEST_PACKAGES := busybox-static containerd containernetworking-plugins iproute2 qemu-system-x86 strace
+TEST_PACKAGES := busybox-static containerd containernetworking-plugins iproute2 iptables qemu-system-x86 strace
 export CELLA_LIBEXEC_DIR := $(CURDIR)/$(LIBEXEC)
 
 .PHONY: all help build host guest kernel agent deps deps-build deps-test demo test conformance lint fuzz cri-client bench bench-boot soak install clean

@@ -25,8 +25,9 @@ pub struct Containerd {
     /// The daemon's binary; its `ctr` and shims are beside it.
     program: PathBuf,
     child: Child,
-    /// Shims' sockets that others had before.
-    sockets: Vec<PathBuf>,
+    /// Shims' sockets and pods' network namespaces that others had before.
+    before: Vec<PathBuf>,
+    crashed: bool,
 }
 
 /// A client of a daemon's CRI service.
@@ -106,7 +107,8 @@ impl Containerd {
             host,
             program: program.to_path_buf(),
             child,
-            sockets: sockets(),
+            before: [sockets(), namespaces()].concat(),
+            crashed: false,
         };
         daemon.wait_ready();
         let image = daemon.host.busybox();
@@ -247,6 +249,7 @@ impl Containerd {
 
     /// Kills the daemon, as a crash would, and starts it again.
     pub fn crash(&mut self) {
+        self.crashed = true;
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         self.child = spawn(&self.host, &self.program);
@@ -288,11 +291,28 @@ impl Containerd {
         self.child.wait().unwrap();
         self.host.assert_clean();
         delete_bridge();
-        let left: Vec<_> = sockets()
-            .into_iter()
-            .filter(|path| !self.sockets.contains(path) && UnixStream::connect(path).is_err())
+        if self.crashed {
+            // Killed between making a namespace and writing down that there is one, containerd leaves it.
+            self.remove_namespaces();
+        }
+        let sockets = sockets().into_iter();
+        let dead = sockets.filter(|path| UnixStream::connect(path).is_err());
+        let left: Vec<_> = dead
+            .chain(namespaces())
+            .filter(|path| !self.before.contains(path))
             .collect();
-        assert!(left.is_empty(), "sockets are left: {left:?}");
+        assert!(left.is_empty(), "sockets and namespaces are left: {left:?}");
+    }
+}
+
+impl Containerd {
+    fn remove_namespaces(&self) {
+        for path in namespaces() {
+            if !self.before.contains(&path) {
+                let _ = Command::new("umount").arg("-l").arg(&path).status();
+                let _ = fs::remove_file(&path);
+            }
+        }
     }
 }
 
@@ -312,7 +332,22 @@ fn delete_bridge() {
 
 /// The shims' sockets, living or dead.
 fn sockets() -> Vec<PathBuf> {
-    let entries = fs::read_dir("/run/containerd/s").into_iter().flatten();
+    entries("/run/containerd/s")
+}
+
+/// The network namespaces that containerd has made for pods.
+fn namespaces() -> Vec<PathBuf> {
+    entries("/run/netns")
+        .into_iter()
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"cni-"))
+        })
+        .collect()
+}
+
+fn entries(dir: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten();
     entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect()
@@ -333,6 +368,7 @@ impl Drop for Containerd {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
         delete_bridge();
+        self.remove_namespaces();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let ours = self.host.path("");
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
