@@ -11,10 +11,10 @@ CELLA := target/release/cella
 
 # What builds; what tests beside it.
 BUILD_PACKAGES := build-essential libseccomp-dev cpio flex bison bc libelf-dev xz-utils linux-source-6.12
-TEST_PACKAGES := busybox-static containerd containernetworking-plugins iproute2 qemu-system-x86 strace
+TEST_PACKAGES := busybox-static containerd containernetworking-plugins iproute2 iptables qemu-system-x86 strace
 export CELLA_LIBEXEC_DIR := $(CURDIR)/$(LIBEXEC)
 
-.PHONY: all help build host guest kernel agent deps deps-build deps-test demo test lint fuzz cri-client bench bench-boot install clean
+.PHONY: all help build host guest kernel agent deps deps-build deps-test demo test conformance lint fuzz cri-client bench bench-boot soak install clean
 
 all: build
 
@@ -62,6 +62,9 @@ cri-client: ## The CRI client of the tests, where Go is
 	@if command -v go >/dev/null; then cd tests/cri && go build -o ../../target/cri .; \
 	else echo 'SKIPPED: the CRI client (Go)'; fi
 
+conformance: deps-test build cri-client ## CRI's conformance suite and containerd 2 and 1.7, where Go is; an hour without KVM
+	tests/conformance/run.sh
+
 lint: ## Formatting, lints, licences and advisories
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
@@ -74,7 +77,11 @@ fuzz: ## Every fuzz target for a minute (installs cargo-fuzz if it is missing)
 	tests/fuzz.sh
 
 bench: bench-boot ## Measures this host; results and a picture of them in target/bench
+	$(CARGO) build --release --locked -p cella-tests --bin bench-containerd
 	tests/bench.sh
+
+soak: deps-test build cri-client ## 200 pods, 20 at a time, made and removed
+	CELLA_TEST_ROUNDS=10 $(CARGO) test -p cella-tests --locked --test containerd -- --nocapture many_pods_at_once
 
 bench-boot: deps-test build ## Guest instructions and VM exits of a boot, against their budget (RENEW=1 renews it, PROFILE=1: by function)
 	tests/bench-boot.sh $(if $(RENEW),--renew) $(if $(PROFILE),--profile)

@@ -36,6 +36,8 @@ fi
 if command -v qemu-system-x86_64 > /dev/null; then
     measure qemu -qemu
     peers
+    echo "== the shim under containerd on qemu"
+    target/release/bench-containerd qemu | tee target/bench/containerd.json
 else
     echo "SKIPPED: no QEMU (qemu-system-x86)"
 fi

@@ -22,14 +22,41 @@ const SOON: Duration = Duration::from_secs(30);
 pub struct Containerd {
     /// Its directories, and the sandboxes'.
     pub host: Host,
+    /// The daemon's binary; its `ctr` and shims are beside it.
+    program: PathBuf,
     child: Child,
-    /// Shims' sockets that others had before.
-    sockets: Vec<PathBuf>,
+    /// Shims' sockets and pods' network namespaces that others had before.
+    before: Vec<PathBuf>,
+    crashed: bool,
+}
+
+/// A client of a daemon's CRI service.
+pub struct Cri {
+    socket: PathBuf,
+}
+
+impl Cri {
+    /// Calls a method; an error has gRPC's code and message.
+    pub fn call(&self, method: &str, request: &Value) -> Result<Value, String> {
+        let mut command = Command::new(client());
+        command
+            .arg(&self.socket)
+            .arg(method)
+            .arg(request.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let said = finish(command.spawn().unwrap(), &[]);
+        match said.status {
+            0 => Ok(serde_json::from_str(&said.stdout).unwrap()),
+            _ => Err(said.stderr),
+        }
+    }
 }
 
 /// What the machine lacks for containerd, if it lacks anything.
 pub fn containerd_is_missing() -> Option<String> {
-    for program in [containerd(), ctr()] {
+    for program in [containerd(), beside(&containerd(), "ctr")] {
         if let Err(error) = Command::new(&program).arg("--version").output() {
             return Some(format!("{} ({error})", program.display()));
         }
@@ -50,15 +77,15 @@ pub fn cri_is_missing() -> Option<String> {
     (!bridge.exists()).then(|| "CNI plugins (containernetworking-plugins)".to_owned())
 }
 
-/// CELLA_TEST_CONTAINERD names another than the one on PATH; its `ctr` is beside it.
-fn containerd() -> PathBuf {
+/// The daemon: CELLA_TEST_CONTAINERD names another than the one on PATH; its `ctr` is beside it.
+pub fn containerd() -> PathBuf {
     std::env::var_os("CELLA_TEST_CONTAINERD").map_or_else(|| "containerd".into(), PathBuf::from)
 }
 
-fn ctr() -> PathBuf {
-    match containerd().parent() {
-        Some(dir) if dir != Path::new("") => dir.join("ctr"),
-        _ => "ctr".into(),
+fn beside(program: &Path, name: &str) -> PathBuf {
+    match program.parent() {
+        Some(dir) if dir != Path::new("") => dir.join(name),
+        _ => name.into(),
     }
 }
 
@@ -69,17 +96,19 @@ fn client() -> PathBuf {
 impl Containerd {
     /// Starts one whose sandboxes run on `hypervisor`, with the image in it.
     pub fn start(hypervisor: &str) -> Self {
-        Self::start_on(Host::on(hypervisor))
+        Self::start_on(Host::on(hypervisor), &containerd())
     }
 
-    /// Starts one on `host`, with the image in it.
-    pub fn start_on(host: Host) -> Self {
+    /// Starts `program` on a host, with the image in it.
+    pub fn start_on(host: Host, program: &Path) -> Self {
         write_configuration(&host);
-        let child = spawn(&host);
+        let child = spawn(&host, program);
         let daemon = Self {
             host,
+            program: program.to_path_buf(),
             child,
-            sockets: sockets(),
+            before: [sockets(), namespaces()].concat(),
+            crashed: false,
         };
         daemon.wait_ready();
         let image = daemon.host.busybox();
@@ -107,7 +136,7 @@ impl Containerd {
 
     /// The first number of its version.
     pub fn major(&self) -> u32 {
-        let said = Command::new(containerd())
+        let said = Command::new(&self.program)
             .arg("--version")
             .output()
             .unwrap();
@@ -132,7 +161,7 @@ impl Containerd {
 
     /// A `ctr` command for this daemon.
     pub fn ctr_command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(ctr());
+        let mut command = Command::new(beside(&self.program, "ctr"));
         command.arg("--address").arg(self.socket()).args(args);
         // The newer one's, of this host's cgroups, would be in what containers say.
         command.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
@@ -201,16 +230,13 @@ impl Containerd {
 
     /// Calls a CRI method.
     pub fn try_cri(&self, method: &str, request: &Value) -> Result<Value, String> {
-        let mut command = Command::new(client());
-        command
-            .arg(self.socket())
-            .arg(method)
-            .arg(request.to_string());
-        self.host.on_this_host(&mut command);
-        let said = finish(command.spawn().unwrap(), &[]);
-        match said.status {
-            0 => Ok(serde_json::from_str(&said.stdout).unwrap()),
-            _ => Err(said.stderr),
+        self.cri_client().call(method, request)
+    }
+
+    /// A client that does not care whether the daemon lives.
+    pub fn cri_client(&self) -> Cri {
+        Cri {
+            socket: self.socket(),
         }
     }
 
@@ -223,9 +249,10 @@ impl Containerd {
 
     /// Kills the daemon, as a crash would, and starts it again.
     pub fn crash(&mut self) {
+        self.crashed = true;
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = spawn(&self.host);
+        self.child = spawn(&self.host, &self.program);
         self.wait_ready();
     }
 
@@ -264,11 +291,28 @@ impl Containerd {
         self.child.wait().unwrap();
         self.host.assert_clean();
         delete_bridge();
-        let left: Vec<_> = sockets()
-            .into_iter()
-            .filter(|path| !self.sockets.contains(path) && UnixStream::connect(path).is_err())
+        if self.crashed {
+            // Killed between making a namespace and writing down that there is one, containerd leaves it.
+            self.remove_namespaces();
+        }
+        let sockets = sockets().into_iter();
+        let dead = sockets.filter(|path| UnixStream::connect(path).is_err());
+        let left: Vec<_> = dead
+            .chain(namespaces())
+            .filter(|path| !self.before.contains(path))
             .collect();
-        assert!(left.is_empty(), "sockets are left: {left:?}");
+        assert!(left.is_empty(), "sockets and namespaces are left: {left:?}");
+    }
+}
+
+impl Containerd {
+    fn remove_namespaces(&self) {
+        for path in namespaces() {
+            if !self.before.contains(&path) {
+                let _ = Command::new("umount").arg("-l").arg(&path).status();
+                let _ = fs::remove_file(&path);
+            }
+        }
     }
 }
 
@@ -288,7 +332,22 @@ fn delete_bridge() {
 
 /// The shims' sockets, living or dead.
 fn sockets() -> Vec<PathBuf> {
-    let entries = fs::read_dir("/run/containerd/s").into_iter().flatten();
+    entries("/run/containerd/s")
+}
+
+/// The network namespaces that containerd has made for pods.
+fn namespaces() -> Vec<PathBuf> {
+    entries("/run/netns")
+        .into_iter()
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"cni-"))
+        })
+        .collect()
+}
+
+fn entries(dir: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten();
     entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect()
@@ -309,6 +368,7 @@ impl Drop for Containerd {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
         delete_bridge();
+        self.remove_namespaces();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let ours = self.host.path("");
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
@@ -321,19 +381,22 @@ impl Drop for Containerd {
     }
 }
 
-fn spawn(host: &Host) -> Child {
+fn spawn(host: &Host, program: &Path) -> Child {
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(host.path("containerd.log"))
         .unwrap();
     let shims = root().join("target/release");
+    let own = program.parent().map(Path::to_path_buf).unwrap_or_default();
     let path = std::env::var("PATH").unwrap();
-    let mut command = Command::new(containerd());
+    let dirs = [shims, own].into_iter().chain(std::env::split_paths(&path));
+    let dirs = dirs.filter(|dir| !dir.as_os_str().is_empty());
+    let mut command = Command::new(program);
     command.arg("--config").arg(host.path("containerd.toml"));
     host.on_this_host(&mut command);
     command
-        .env("PATH", format!("{}:{path}", shims.display()))
+        .env("PATH", std::env::join_paths(dirs).unwrap())
         .stdout(Stdio::null())
         .stderr(log);
     command.spawn().unwrap()
@@ -368,6 +431,12 @@ pod_annotations = ["io.cella.*"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.cella-sandbox]
 runtime_type = "{RUNTIME}"
 sandboxer = "shim"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{dir}/hosts"
+[plugins."io.containerd.nri.v1.nri"]
+socket_path = "{dir}/nri.sock"
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "/usr/lib/cni"
 conf_dir = "{dir}/cni"

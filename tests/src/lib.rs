@@ -10,6 +10,7 @@
 )]
 
 pub mod boot;
+pub mod conformance;
 pub mod containerd;
 pub mod image;
 pub mod peers;

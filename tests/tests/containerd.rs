@@ -10,6 +10,8 @@
 
 #[path = "containerd/crashes.rs"]
 mod crashes;
+#[path = "containerd/crowd.rs"]
+mod crowd;
 #[path = "containerd/pods.rs"]
 mod pods;
 #[path = "containerd/sandboxes.rs"]
@@ -18,6 +20,8 @@ mod sandboxes;
 mod tasks;
 #[path = "containerd/templates.rs"]
 mod templates;
+#[path = "containerd/users.rs"]
+mod users;
 
 use cella_tests::containerd::{Containerd, containerd_is_missing, cri_is_missing};
 use cella_tests::{missing_for, skip};
@@ -28,21 +32,28 @@ fn hypervisor_name() -> String {
 
 /// A containerd, unless the machine lacks something.
 fn containerd() -> Option<Containerd> {
-    let name = hypervisor_name();
-    match missing_for(&name).or_else(containerd_is_missing) {
+    containerd_on(&hypervisor_name())
+}
+
+fn containerd_on(hypervisor: &str) -> Option<Containerd> {
+    match missing_for(hypervisor).or_else(containerd_is_missing) {
         Some(missing) => {
             skip(&missing);
             None
         }
-        None => Some(Containerd::start(&name)),
+        None => Some(Containerd::start(hypervisor)),
     }
 }
 
 /// A containerd that can be asked for pods, unless the machine lacks something.
 fn with_pods() -> Option<Containerd> {
+    with_pods_on(&hypervisor_name())
+}
+
+fn with_pods_on(hypervisor: &str) -> Option<Containerd> {
     if let Some(missing) = cri_is_missing() {
         skip(&missing);
         return None;
     }
-    containerd()
+    containerd_on(hypervisor)
 }

@@ -37,6 +37,8 @@ pub struct SharedNamespaces {
     pub uts: Shared,
     /// Process ids.
     pub pid: Shared,
+    /// User and group ids: with `pid` if that belongs to a user namespace, since only who is in it may mount a /proc of it.
+    pub user: Shared,
 }
 
 impl Default for SharedNamespaces {
@@ -46,6 +48,7 @@ impl Default for SharedNamespaces {
             ipc: Shared::Guest,
             uts: Shared::Guest,
             pid: Shared::None,
+            user: Shared::None,
         }
     }
 }
@@ -59,10 +62,46 @@ pub(super) struct Join {
 }
 
 /// Mappings of a new user namespace, as /proc/PID/uid_map and gid_map take them.
-#[derive(Debug)]
-pub(super) struct IdMaps {
-    pub uid: String,
-    pub gid: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdMaps {
+    uid: String,
+    gid: String,
+}
+
+impl IdMaps {
+    /// Those of the user namespace that a container is to have, if it is to have a new one.
+    ///
+    /// # Errors
+    /// They are not ones that the kernel takes.
+    pub fn of(spec: &oci::Spec) -> Result<Option<Self>> {
+        let Some(linux) = spec.linux() else {
+            return Ok(None);
+        };
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let new = namespaces.any(|one| one.typ() == Type::User && one.path().is_none());
+        new.then(|| Self::new(linux)).transpose()
+    }
+
+    fn new(linux: &oci::Linux) -> Result<Self> {
+        let uid = linux.uid_mappings().as_deref().unwrap_or_default();
+        let gid = linux.gid_mappings().as_deref().unwrap_or_default();
+        Ok(Self {
+            uid: id_map("linux.uidMappings", uid)?,
+            gid: id_map("linux.gidMappings", gid)?,
+        })
+    }
+
+    /// Gives them to the namespace of process `pid`, which has none yet.
+    pub(super) fn write(&self, pid: u32) -> Result<()> {
+        for (name, map) in [("uid_map", &self.uid), ("gid_map", &self.gid)] {
+            let path = format!("/proc/{pid}/{name}");
+            std::fs::write(&path, map).map_err(|source| Error::Namespace {
+                step: format!("writing {path}"),
+                source,
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// What is made how.
@@ -155,10 +194,7 @@ impl NamespacePlan {
             }
             return Ok(());
         }
-        self.id_maps = Some(IdMaps {
-            uid: id_map("linux.uidMappings", uid)?,
-            gid: id_map("linux.gidMappings", gid)?,
-        });
+        self.id_maps = Some(IdMaps::new(linux)?);
         Ok(())
     }
 
@@ -258,7 +294,8 @@ impl SharedNamespaces {
             Type::Ipc => self.ipc.clone(),
             Type::Uts => self.uts.clone(),
             Type::Pid => self.pid.clone(),
-            Type::Mount | Type::User | Type::Cgroup | Type::Time => Shared::None,
+            Type::User => self.user.clone(),
+            Type::Mount | Type::Cgroup | Type::Time => Shared::None,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
-use super::namespaces::open;
+use super::namespaces::{IdMaps, Shared, SharedNamespaces, open};
 use super::{Error, Result, spawn, sys};
 use crate::reaper::Reaper;
 
@@ -14,22 +14,55 @@ use crate::reaper::Reaper;
 pub struct PidHolder {
     child: Arc<spawn::Child>,
     namespace: Arc<OwnedFd>,
+    /// The user namespace that the pids belong to, if that is not the guest's own.
+    user: Option<(IdMaps, Arc<OwnedFd>)>,
 }
 
 impl PidHolder {
-    /// Makes the namespace and its init: one fork.
-    pub fn spawn(reaper: &Reaper) -> Result<Self> {
-        let (child, _) = spawn::clone(reaper, libc::CLONE_NEWPID, None, || hold())?;
-        let path = format!("/proc/{}/ns/pid", child.pid);
-        match open(std::path::Path::new(&path), Type::Pid) {
-            Ok(namespace) => Ok(Self {
+    /// Makes the namespace and its init: one fork. With `maps`, in a user namespace of these.
+    pub fn spawn(reaper: &Reaper, maps: Option<IdMaps>) -> Result<Self> {
+        let user = if maps.is_some() {
+            libc::CLONE_NEWUSER
+        } else {
+            0
+        };
+        let kinds = libc::CLONE_NEWPID | user;
+        let (child, _) = spawn::clone(reaper, kinds, None, || hold())?;
+        let opened = |name: &str, typ| {
+            let path = format!("/proc/{}/ns/{name}", child.pid);
+            open(std::path::Path::new(&path), typ).map(Arc::new)
+        };
+        let made = (|| {
+            let user = match maps {
+                Some(maps) => {
+                    maps.write(child.pid)?;
+                    Some((maps, opened("user", Type::User)?))
+                }
+                None => None,
+            };
+            Ok((opened("pid", Type::Pid)?, user))
+        })();
+        match made {
+            Ok((namespace, user)) => Ok(Self {
                 child,
-                namespace: Arc::new(namespace),
+                namespace,
+                user,
             }),
             Err(error) => {
                 child.kill_and_reap(reaper);
                 Err(error)
             }
+        }
+    }
+
+    /// Puts a container whose own user namespace would have `maps` into the pod's pids, and into the user namespace that
+    /// they belong to if that is the same.
+    pub fn share(&self, maps: Option<&IdMaps>, with: &mut SharedNamespaces) {
+        with.pid = Shared::Fd(self.namespace());
+        if let Some((own, user)) = &self.user
+            && maps == Some(own)
+        {
+            with.user = Shared::Fd(Arc::clone(user));
         }
     }
 

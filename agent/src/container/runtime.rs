@@ -341,19 +341,15 @@ pub(super) fn attach_filter(
 
 /// What a child in a new user namespace cannot write itself: its maps, and a lowered OOM score.
 fn write_id_maps(child: &Child, maps: &IdMaps, plan: &InitPlan) -> Result<()> {
-    let write = |name: &str, content: &[u8]| {
-        let path = format!("/proc/{}/{name}", child.pid);
-        std::fs::write(&path, content).map_err(|source| Error::Namespace {
-            step: format!("writing {path}"),
-            source,
-        })
+    maps.write(child.pid)?;
+    let Some(adj) = &plan.process.oom_score_adj else {
+        return Ok(());
     };
-    write("uid_map", maps.uid.as_bytes())?;
-    write("gid_map", maps.gid.as_bytes())?;
-    match &plan.process.oom_score_adj {
-        Some(adj) => write("oom_score_adj", adj.as_bytes()),
-        None => Ok(()),
-    }
+    let path = format!("/proc/{}/oom_score_adj", child.pid);
+    std::fs::write(&path, adj.as_bytes()).map_err(|source| Error::Namespace {
+        step: format!("writing {path}"),
+        source,
+    })
 }
 
 /// The pair that an agent and its child speak over.

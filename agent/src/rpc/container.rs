@@ -52,7 +52,7 @@ impl Agent {
                 source,
             })?;
         let (stdio, pending) = process_stdio(streams, has_terminal, size(stdio)?, &what)?;
-        let shared = self.shared_namespaces(request.pod_pid_namespace)?;
+        let shared = self.shared_namespaces(&spec, request.pod_pid_namespace)?;
         let runtime = self.prepare()?.runtime.clone();
         let name = id.to_owned();
         let created = on_thread(slot, &creating, move || {

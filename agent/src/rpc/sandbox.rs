@@ -1,10 +1,11 @@
 //! SetUpSandbox.
 
 use cella_proto::agent::SetUpSandboxRequest;
+use oci_spec::runtime::Spec;
 
 use super::{Agent, lock};
-use crate::container::namespaces::PidHolder;
-use crate::container::{Shared, SharedNamespaces};
+use crate::container::SharedNamespaces;
+use crate::container::namespaces::{IdMaps, PidHolder};
 use crate::error::Error;
 use crate::reaper::Reaper;
 
@@ -40,7 +41,9 @@ impl Agent {
             })?;
         }
         if request.shared_pid_namespace {
-            state.shared.pid = state.pod_pids(reaper)?;
+            let mut shared = state.shared.clone();
+            state.share_pids(reaper, None, &mut shared)?;
+            state.shared = shared;
         }
         state.set_up = true;
         Ok(())
@@ -60,29 +63,43 @@ impl Agent {
     }
 
     /// The namespaces that a container shares with its pod; with `pod_pids`, the pod's pids are among them.
-    pub(super) fn shared_namespaces(&self, pod_pids: bool) -> Result<SharedNamespaces, Error> {
+    pub(super) fn shared_namespaces(
+        &self,
+        spec: &Spec,
+        pod_pids: bool,
+    ) -> Result<SharedNamespaces, Error> {
         let reaper = &self.prepare()?.reaper;
         let mut state = lock(&self.sandbox);
         let mut shared = state.shared.clone();
         if pod_pids {
-            shared.pid = state.pod_pids(reaper)?;
+            let maps = IdMaps::of(spec).map_err(making_pids)?;
+            state.share_pids(reaper, maps, &mut shared)?;
         }
         Ok(shared)
     }
 }
 
 impl State {
-    /// The pod's pid namespace, made when it is first wanted.
-    fn pod_pids(&mut self, reaper: &Reaper) -> Result<Shared, Error> {
+    /// Adds the pod's pid namespace, made when it is first wanted: as whoever wants it first has ids.
+    fn share_pids(
+        &mut self,
+        reaper: &Reaper,
+        maps: Option<IdMaps>,
+        with: &mut SharedNamespaces,
+    ) -> Result<(), Error> {
         let holder = match self.pids.take() {
             Some(holder) => holder,
-            None => PidHolder::spawn(reaper).map_err(|source| Error::Container {
-                what: "making the pod's pid namespace".to_owned(),
-                source,
-            })?,
+            None => PidHolder::spawn(reaper, maps.clone()).map_err(making_pids)?,
         };
-        let namespace = holder.namespace();
+        holder.share(maps.as_ref(), with);
         self.pids = Some(holder);
-        Ok(Shared::Fd(namespace))
+        Ok(())
+    }
+}
+
+fn making_pids(source: crate::container::Error) -> Error {
+    Error::Container {
+        what: "making the pod's pid namespace".to_owned(),
+        source,
     }
 }

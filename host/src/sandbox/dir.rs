@@ -339,20 +339,27 @@ pub(crate) fn remove_files(dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// Unmounts everything mounted at or below `path`, the last mounted first.
+/// Where something is mounted at or below `path`, in the order of mounting.
 ///
 /// # Errors
-/// `/proc/self/mountinfo` cannot be read, or a mount cannot be detached.
-pub fn unmount_below(path: &Path) -> Result<(), Error> {
+/// `/proc/self/mountinfo` cannot be read.
+pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>, Error> {
     let path = crate::paths::canonical(path);
     let table = fs::read_to_string("/proc/self/mountinfo")
         .map_err(|e| Error::host("reading /proc/self/mountinfo", e))?;
     let points = table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .map(|field| PathBuf::from(unescape(field)))
-        .filter(|point| point.starts_with(&path));
-    for point in points.collect::<Vec<_>>().iter().rev() {
+        .map(|field| PathBuf::from(unescape(field)));
+    Ok(points.filter(|point| point.starts_with(&path)).collect())
+}
+
+/// Unmounts everything mounted at or below `path`, the last mounted first.
+///
+/// # Errors
+/// `/proc/self/mountinfo` cannot be read, or a mount cannot be detached.
+pub fn unmount_below(path: &Path) -> Result<(), Error> {
+    for point in mounts_below(path)?.iter().rev() {
         let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
         match rustix::mount::unmount(point, flags) {
             // A peer's unmounting has taken it along.

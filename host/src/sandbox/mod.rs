@@ -9,7 +9,7 @@
 //! | `calls` | what it asks of its agent |
 //! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
-//! | [`volume`] | what containers see of the host |
+//! | [`volume`], [`idmap`] | what containers see of the host, and as whose |
 //! | [`gc`] | what dead processes left |
 
 pub mod agent;
@@ -18,6 +18,7 @@ pub mod dir;
 mod error;
 mod forward;
 pub mod gc;
+pub mod idmap;
 mod start;
 pub mod state;
 pub mod stdio;

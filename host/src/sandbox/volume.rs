@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Mount, Spec};
@@ -10,8 +10,9 @@ use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::GUEST_SHARE;
-use super::dir::SandboxDir;
+use super::dir::{SandboxDir, mounts_below};
 use super::error::Error;
+use super::idmap::IdMap;
 use crate::error::ErrorKind;
 
 /// The most volumes of one container.
@@ -48,20 +49,40 @@ pub fn share(
         }
         // virtiofs has files and directories; the guest's kernel needs the flag, not the type.
         mount.set_typ(Some("bind".into()));
+        let mapped = IdMap::of_mount(mount)?;
+        mount.set_uid_mappings(None).set_gid_mappings(None);
         if let Some(own) = guests_own(mount) {
             mount.set_source(Some(own));
             continue;
         }
         let place = Path::new("volumes").join(index.to_string());
         let source = mount.source().clone().unwrap_or_default();
+        let namespace = mapped.map(|map| map.user_namespace()).transpose()?;
         let bound = Bound {
             read_only: has_option(mount, "ro") || has_option(mount, "rro"),
             recursive: has_option(mount, "rro"),
             follow: has_option(mount, "rslave") || has_option(mount, "slave"),
+            mapped_by: namespace.as_ref().map(AsFd::as_fd),
         };
-        bind(&source, &on_host.join(&place), bound)?;
+        let target = on_host.join(&place);
+        bind(&source, &target, bound)?;
+        if bound.read_only && !bound.recursive {
+            leave_read_only_to_host(mount, &target, bound.follow)?;
+        }
         mount.set_source(Some(in_guest.join(&place)));
     }
+    Ok(())
+}
+
+/// What is mounted below a read-only volume may be written to. The guest has one file system of it all, which it could make
+/// read-only as a whole only: the host alone does it then.
+fn leave_read_only_to_host(mount: &mut Mount, target: &Path, follow: bool) -> Result<(), Error> {
+    if !follow && mounts_below(target)?.len() <= 1 {
+        return Ok(());
+    }
+    let options = mount.options().clone().unwrap_or_default();
+    let others = options.into_iter().filter(|option| option != "ro");
+    mount.set_options(Some(others.collect()));
     Ok(())
 }
 
@@ -111,13 +132,15 @@ pub(crate) fn has_option(mount: &Mount, option: &str) -> bool {
 
 /// How a host path is bound.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Bound {
+pub struct Bound<'a> {
     /// Nothing can be written to it.
     pub read_only: bool,
     /// ... nor to what is mounted below it.
     pub recursive: bool,
     /// What the host mounts below it later is seen too.
     pub follow: bool,
+    /// Its owners are seen through this user namespace's maps; not those of what is mounted below it.
+    pub mapped_by: Option<BorrowedFd<'a>>,
 }
 
 /// Binds `source`, a directory or a file, at `target`, which is made. Read-only is enforced here too: the guest is
@@ -125,7 +148,7 @@ pub struct Bound {
 ///
 /// # Errors
 /// `InvalidArgument`: the source does not exist.
-pub fn bind(source: &Path, target: &Path, how: Bound) -> Result<(), Error> {
+pub fn bind(source: &Path, target: &Path, how: Bound<'_>) -> Result<(), Error> {
     let action = || format!("sharing {} with the guest", source.display());
     let host = |e: std::io::Error| Error::host(action(), e);
     let meta = fs::metadata(source)
@@ -152,28 +175,49 @@ pub fn bind(source: &Path, target: &Path, how: Bound) -> Result<(), Error> {
     if how.read_only && how.recursive {
         attributes |= libc::MOUNT_ATTR_RDONLY;
     }
-    set_attributes(&tree, attributes, propagation, libc::AT_RECURSIVE).map_err(host)?;
+    let all = libc::mount_attr {
+        attr_set: attributes,
+        propagation,
+        ..NOTHING
+    };
+    set_attributes(&tree, all, libc::AT_RECURSIVE).map_err(host)?;
     if how.read_only && !how.recursive {
-        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, 0, 0).map_err(host)?;
+        let top = libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_RDONLY,
+            ..NOTHING
+        };
+        set_attributes(&tree, top, 0).map_err(host)?;
+    }
+    if let Some(namespace) = how.mapped_by {
+        map_ids(&tree, namespace).map_err(host)?;
     }
     let from_tree = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(&tree, c"", CWD, target, from_tree).map_err(|e| host(e.into()))
 }
 
-/// Sets attributes and, unless 0, the propagation of a detached tree's mounts: of the top one or, with `AT_RECURSIVE`,
-/// of each. See mount_setattr(2).
-fn set_attributes(
-    tree: &OwnedFd,
-    attributes: u64,
-    propagation: u64,
-    recursive: i32,
-) -> io::Result<()> {
-    let setting = libc::mount_attr {
-        attr_set: attributes,
-        attr_clr: 0,
-        propagation,
-        userns_fd: 0,
+/// Has the owners on the top mount of a detached tree seen through the maps of a user namespace.
+///
+/// # Errors
+/// The file system cannot, or the mount has been mapped already.
+pub fn map_ids(tree: &OwnedFd, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let mapped = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        userns_fd: u64::from(namespace.as_raw_fd().unsigned_abs()),
+        ..NOTHING
     };
+    set_attributes(tree, mapped, 0)
+}
+
+/// A setting that changes nothing.
+const NOTHING: libc::mount_attr = libc::mount_attr {
+    attr_set: 0,
+    attr_clr: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
+
+/// Changes a detached tree's mounts: the top one or, with `AT_RECURSIVE`, each. See mount_setattr(2).
+fn set_attributes(tree: &OwnedFd, setting: libc::mount_attr, recursive: i32) -> io::Result<()> {
     // SAFETY: the path is a C string, and `setting` is the structure whose size is given; both outlive the call.
     let status = unsafe {
         libc::syscall(

@@ -11,8 +11,9 @@ use super::container::Container;
 use super::error::refuse;
 use super::io::{Io, Stdio};
 use super::pod::Pod;
+use super::prepare::Wish;
 use super::process::Process;
-use super::{pids, rootfs, spec};
+use super::{pids, spec};
 use crate::error::ErrorKind;
 use crate::sandbox::stdio::{self, Wanted};
 use crate::sandbox::{Error, Sandbox};
@@ -52,13 +53,7 @@ impl Pod {
             container.is_sandbox = true;
             container
         } else {
-            let made = self.make(request, &sandbox, spec, &role).await;
-            if made.is_err()
-                && let Err(error) = sandbox.dir().remove_container_files(id)
-            {
-                tracing::warn!("removing container {id}: {error}");
-            }
-            made?
+            self.make(request, &sandbox, spec, &role).await?
         };
         let container = Arc::new(container);
         place.fill(Arc::clone(&container));
@@ -69,26 +64,25 @@ impl Pod {
         &self,
         request: &CreateTaskRequest,
         sandbox: &Sandbox,
-        mut spec: Spec,
+        spec: Spec,
         role: &Role,
     ) -> Result<Container, Error> {
         let id = &request.id;
-        let bundle = Path::new(&request.bundle);
-        let share = sandbox.dir().container_share(id);
-        std::fs::create_dir_all(&share)
-            .map_err(|e| Error::host(format!("making {}", share.display()), e))?;
-        let root = spec.root().as_ref().map(|root| root.path().clone());
-        let bundled = bundle.join(root.unwrap_or_else(|| "rootfs".into()));
-        rootfs::mount(&request.rootfs, &bundled, &share.join("rootfs"))?;
-        if let Ok(declared) = self.declared() {
-            let files = sandbox.dir().path().join("files");
-            declared.files.add(&files, &mut spec)?;
-        }
-        let pod_pids = spec::translate(sandbox.dir(), id, &mut spec, request.terminal)?;
+        let wish = Wish {
+            dir: sandbox.dir().clone(),
+            id: id.clone(),
+            bundle: request.bundle.clone().into(),
+            rootfs: request.rootfs.clone(),
+            spec,
+            terminal: request.terminal,
+            files: self.declared().ok().map(|sandbox| sandbox.files.clone()),
+        };
+        let prepared = wish.fulfil().await?;
+        let pod_pids = prepared.pod_pids;
         let stdio = stdio_of(request);
         let mut io = Io::open(&stdio, id, &self.namespace).await?;
         let (wish, pending) = stdio::listen(&sandbox.dir().sockets(), wanted(&stdio))?;
-        let create = sandbox.create_in(id, &spec, wish, pod_pids);
+        let create = sandbox.create_in(id, &prepared.spec, wish, pod_pids);
         let (pid, streams) = tokio::try_join!(create, pending.accept())?;
         let connected = io.connect(streams);
         let pid = match role {
@@ -99,8 +93,9 @@ impl Pod {
             let _ = sandbox.delete(id, "").await;
             return Err(error);
         }
+        prepared.files.keep();
         let init = Process::new("", stdio, pid, io);
-        let mut container = Container::new(id, bundle.to_path_buf(), init);
+        let mut container = Container::new(id, request.bundle.clone().into(), init);
         container.shares_pids = pod_pids;
         Ok(container)
     }

@@ -58,12 +58,13 @@ impl Logger {
         unsafe {
             command.pre_exec(move || inherit(inherited));
         }
-        let child = command.spawn().map_err(host)?;
+        let mut child = command.spawn().map_err(host)?;
         drop((stdout_read, stderr_read, ready_write));
         let mut receiver = tokio::net::unix::pipe::Receiver::from_owned_fd(ready).map_err(host)?;
         // It says so by a byte or by closing its end.
         let said = tokio::io::AsyncReadExt::read_u8(&mut receiver);
         if tokio::time::timeout(READY, said).await.is_err() {
+            let _ = child.kill().await;
             return Err(refuse(
                 ErrorKind::DeadlineExceeded,
                 format!(

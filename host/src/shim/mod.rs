@@ -3,13 +3,13 @@
 //!
 //! | file | what lives there |
 //! | --- | --- |
-//! | `args`, `bootstrap`, `start`, `delete` | how containerd runs the shim |
+//! | `args`, `bootstrap`, `start`, `delete`, `info` | how containerd runs the shim |
 //! | `serve` | the shim itself |
 //! | `task` | the task service (v2 and v3) |
 //! | `sandbox_service`, `pod_files` | the sandbox service, and what containerd leaves to it |
 //! | `pod`, `container`, `process` | what is known of the sandbox and what is in it |
 //! | `create`, `lifecycle` | how containers and processes come, run and end |
-//! | `bundle`, `spec`, `rootfs` | a bundle made the guest's |
+//! | `prepare`, `bundle`, `spec`, `rootfs` | a bundle made the guest's |
 //! | `settings` | what a sandbox shall be |
 //! | `io`, `logger` | standard streams |
 //! | `events`, `log` | what containerd is told |
@@ -23,6 +23,7 @@ mod create;
 mod delete;
 mod error;
 mod events;
+mod info;
 mod io;
 mod lifecycle;
 mod log;
@@ -30,6 +31,7 @@ mod logger;
 mod pids;
 mod pod;
 mod pod_files;
+mod prepare;
 mod process;
 mod rootfs;
 mod sandbox_service;
@@ -43,9 +45,6 @@ mod time;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
-
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use protobuf::{Message, MessageField};
 
 use self::args::{Action, Args};
 use crate::error::chain;
@@ -81,19 +80,8 @@ fn run(args: &Args) -> Result<(), Error> {
         Action::Delete => delete::main(&paths, args),
         Action::Serve => serve::main(paths, args),
         Action::Version => print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION")).as_bytes()),
-        Action::Info => {
-            // The options on standard input change nothing of it.
-            let info = RuntimeInfo {
-                name: NAME.to_owned(),
-                version: MessageField::some(RuntimeVersion {
-                    version: env!("CARGO_PKG_VERSION").to_owned(),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            };
-            let bytes = info.write_to_bytes();
-            print(&bytes.map_err(|e| Error::host("encoding the runtime's description", e))?)
-        }
+        // The options on standard input change nothing of it.
+        Action::Info => print(&info::encode()?),
     }
 }
 

@@ -101,6 +101,7 @@ impl Pod {
     ) -> Result<Arc<Sandbox>, Error> {
         let boot = || async {
             spec::refuse_host_namespaces(spec)?;
+            spec::check_user_namespace(spec)?;
             let config = settings::with_options(&self.paths, options.or(self.options.as_ref()))?;
             let name = config.hypervisor.clone();
             let spec = settings::sandbox(config.clone(), &self.group, role, spec)?;

@@ -1,6 +1,7 @@
 //! The files in /etc that a pod's containers share, where containerd leaves them to the shim.
 
 use std::fmt::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 use cella_proto::pod_sandbox::PodSandboxConfig;
@@ -64,10 +65,14 @@ impl PodFiles {
                 continue;
             }
             let source = dir.join(name);
-            // The first container's; later ones share it.
-            if !source.exists() {
-                std::fs::write(&source, text)
-                    .map_err(|e| Error::host(format!("writing {}", source.display()), e))?;
+            let action = || format!("writing {}", source.display());
+            match std::fs::File::create_new(&source) {
+                Ok(mut file) => file
+                    .write_all(text.as_bytes())
+                    .map_err(|e| Error::host(action(), e))?,
+                // The first container's: later ones share it.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::host(action(), e)),
             }
             let mut mounts = mounts.to_vec();
             mounts.push(bind(source, destination));

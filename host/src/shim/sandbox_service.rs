@@ -4,10 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cella_proto::pod_sandbox::{LinuxContainerResources, NamespaceMode, PodSandboxConfig};
+use cella_proto::pod_sandbox::{
+    IDMapping, LinuxContainerResources, NamespaceMode, PodSandboxConfig,
+};
 use containerd_shim_protos::sandbox_api as api;
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxApi;
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, LinuxNamespaceType, Spec,
+};
 use protobuf::{Message, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 
@@ -264,6 +268,14 @@ fn spec_of(config: &PodSandboxConfig, request: &api::CreateSandboxRequest) -> Sp
     );
     add(LinuxNamespaceType::Ipc, options.ipc, "");
     let mut made = Linux::default();
+    let users = options.userns_options.get_or_default();
+    if options.userns_options.is_some() && users.mode.enum_value() == Ok(NamespaceMode::POD) {
+        let mut namespace = LinuxNamespace::default();
+        namespace.set_typ(LinuxNamespaceType::User);
+        namespaces.push(namespace);
+        made.set_uid_mappings(Some(mappings(&users.uids)));
+        made.set_gid_mappings(Some(mappings(&users.gids)));
+    }
     made.set_namespaces(Some(namespaces));
     made.set_sysctl(Some(linux.sysctls.clone()));
     let mut spec = Spec::default();
@@ -271,4 +283,16 @@ fn spec_of(config: &PodSandboxConfig, request: &api::CreateSandboxRequest) -> Sp
     spec.set_annotations(Some(annotations));
     spec.set_linux(Some(made));
     spec
+}
+
+fn mappings(of: &[IDMapping]) -> Vec<LinuxIdMapping> {
+    let one = |mapping: &IDMapping| {
+        LinuxIdMappingBuilder::default()
+            .container_id(mapping.container_id)
+            .host_id(mapping.host_id)
+            .size(mapping.length)
+            .build()
+    };
+    // The builder's fields are all given.
+    of.iter().filter_map(|mapping| one(mapping).ok()).collect()
 }

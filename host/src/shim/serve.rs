@@ -26,6 +26,10 @@ use crate::sandbox::Error;
 const TASK_V2: &str = "containerd.task.v2.Task";
 /// How long the last events may take to reach containerd.
 const FLUSH: Duration = Duration::from_secs(2);
+/// How long a thread that waited for the host's file systems stays for the next.
+const IDLE: Duration = Duration::from_millis(200);
+/// Containers at a time whose volumes may keep such threads waiting.
+const THREADS: usize = 64;
 /// What the answer to Shutdown needs to be on its way.
 const GRACE: Duration = Duration::from_millis(20);
 
@@ -48,12 +52,16 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
     std::env::set_current_dir("/").map_err(|e| Error::host("leaving the bundle", e))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_keep_alive(IDLE)
+        .max_blocking_threads(THREADS)
         .build()
         .map_err(|e| Error::host("making the event loop", e))?;
     let served = runtime.block_on(serve(paths, args, listener, options));
     if let Err(error) = &served {
         tracing::error!("{error}");
     }
+    // A thread may wait for a file system that never answers.
+    runtime.shutdown_background();
     served
 }
 

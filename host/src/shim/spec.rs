@@ -89,6 +89,31 @@ pub fn refuse_host_namespaces(spec: &Spec) -> Result<(), Error> {
     Ok(())
 }
 
+/// Refuses a user namespace without a root: nothing could be done in it.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub fn check_user_namespace(spec: &Spec) -> Result<(), Error> {
+    let Some(linux) = spec.linux() else {
+        return Ok(());
+    };
+    let mut namespaces = linux.namespaces().iter().flatten();
+    let wanted = namespaces.any(|one| one.typ() == LinuxNamespaceType::User);
+    for (name, mappings) in [
+        ("user", linux.uid_mappings()),
+        ("group", linux.gid_mappings()),
+    ] {
+        let mut mappings = mappings.iter().flatten();
+        if wanted && !mappings.any(|one| one.container_id() == 0) {
+            return Err(refuse(
+                ErrorKind::InvalidArgument,
+                format!("the pod's user namespace: {name} id 0 is not mapped"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn refuse_hooks(spec: &Spec) -> Result<(), Error> {
     let Some(hooks) = spec.hooks() else {
         return Ok(());
@@ -305,6 +330,23 @@ mod tests {
         let host = spec(r#""linux":{"namespaces":[{"type":"network"}]}"#);
         let error = refuse_host_namespaces(&host).unwrap_err();
         assert!(error.to_string().contains("IPC"), "{error}");
+    }
+
+    #[test]
+    fn a_user_namespace_has_a_root() {
+        let with = |uids: &str| {
+            spec(&format!(
+                r#""linux":{{"namespaces":[{{"type":"user"}}],"uidMappings":[{uids}],
+                "gidMappings":[{{"containerID":0,"hostID":5,"size":9}}]}}"#
+            ))
+        };
+        check_user_namespace(&with(r#"{"containerID":0,"hostID":5,"size":9}"#)).unwrap();
+        for wrong in ["", r#"{"containerID":1,"hostID":5,"size":9}"#] {
+            let error = check_user_namespace(&with(wrong)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().contains("user id 0"), "{error}");
+        }
+        check_user_namespace(&spec(r#""hostname":"x""#)).unwrap();
     }
 
     #[test]

@@ -232,6 +232,14 @@ fn memory_v1(stats: &StatsResponse) -> v1::MemoryStat {
             usage: stats.memory_swap_current,
             ..Default::default()
         }),
+        kernel: MessageField::some(v1::MemoryEntry {
+            usage: stat("kernel"),
+            ..Default::default()
+        }),
+        kernel_tcp: MessageField::some(v1::MemoryEntry {
+            usage: stat("sock"),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

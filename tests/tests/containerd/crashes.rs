@@ -1,9 +1,14 @@
 //! containerd, a shim or a VMM that dies at a bad moment; and what is left then.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::json;
 
 use super::{containerd, with_pods};
 use crate::pods::{Pod, sandbox_state};
+use cella_tests::containerd::{Cri, IMAGE};
 
 fn kill(pids: &[u32]) {
     assert_eq!(pids.len(), 1, "{pids:?}");
@@ -89,8 +94,8 @@ fn a_machine_dies() {
 fn a_pods_machine_dies() {
     let Some(daemon) = with_pods() else { return };
     for handler in super::sandboxes::handlers(&daemon) {
-        let pod = Pod::run_with(&daemon, handler, &serde_json::json!({}));
-        let container = pod.start("c", "sleep 1000", &serde_json::json!({}));
+        let pod = Pod::run_with(&daemon, handler, &json!({}));
+        let container = pod.start("c", "sleep 1000", &json!({}));
         kill(&daemon.vmms());
         daemon.eventually("the pod is not ready", || {
             sandbox_state(&daemon, &pod.id) == "SANDBOX_NOTREADY"
@@ -102,4 +107,91 @@ fn a_pods_machine_dies() {
         pod.remove();
     }
     daemon.end();
+}
+
+#[test]
+fn a_pods_shim_dies() {
+    let Some(daemon) = with_pods() else { return };
+    for handler in super::sandboxes::handlers(&daemon) {
+        let pod = Pod::run_with(&daemon, handler, &json!({}));
+        let container = pod.start("c", "sleep 1000", &json!({}));
+        kill(&daemon.shims());
+        daemon.eventually("its machine ends", || daemon.vmms().is_empty());
+        daemon.eventually("the pod is not ready", || {
+            sandbox_state(&daemon, &pod.id) == "SANDBOX_NOTREADY"
+        });
+        daemon.eventually("its container has ended", || {
+            pod.status(&container)["state"] == "CONTAINER_EXITED"
+        });
+        pod.remove();
+        // The name is free for another.
+        let pod = Pod::run_with(&daemon, handler, &json!({}));
+        let container = pod.start("c", "sleep 1000", &json!({}));
+        assert_eq!(pod.sh(&container, "echo new"), "new\n");
+        pod.remove();
+    }
+    daemon.end();
+}
+
+/// Pods come, work and go while containerd is killed again and again. Each call may fail; in the end everything can be removed.
+#[test]
+fn containerd_dies_in_the_middle_of_everything() {
+    let Some(mut daemon) = with_pods() else {
+        return;
+    };
+    let client = daemon.cri_client();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for worker in 0..3 {
+            let (client, done) = (&client, &done);
+            scope.spawn(move || {
+                for round in 0.. {
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    // Whichever call it is that containerd dies in.
+                    let _ = live_and_go(client, &format!("middle-{worker}-{round}"));
+                }
+            });
+        }
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_secs(6));
+            daemon.crash();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    daemon.eventually("the CRI plugin answers", || {
+        daemon.try_cri("ListPodSandbox", &json!({})).is_ok()
+    });
+    let pods = daemon.cri("ListPodSandbox", &json!({}));
+    for pod in pods["items"].as_array().unwrap() {
+        let id = json!({"pod_sandbox_id": pod["id"]});
+        daemon.cri("StopPodSandbox", &id);
+        daemon.cri("RemovePodSandbox", &id);
+    }
+    let left = daemon.cri("ListContainers", &json!({}));
+    assert_eq!(left["containers"], json!([]));
+    daemon.end();
+}
+
+fn live_and_go(client: &Cri, name: &str) -> Result<(), String> {
+    let config =
+        json!({"metadata": {"name": name, "namespace": "default", "uid": name}, "hostname": name});
+    let request = json!({"runtime_handler": "cella", "config": config});
+    let answer = client.call("RunPodSandbox", &request)?;
+    let pod = &answer["podSandboxId"];
+    let container =
+        json!({"metadata": {"name": "c"}, "image": {"image": IMAGE}, "command": ["sleep", "1000"]});
+    let request = json!({"pod_sandbox_id": pod, "config": container, "sandbox_config": config});
+    let answer = client.call("CreateContainer", &request)?;
+    let container = &answer["containerId"];
+    client.call("StartContainer", &json!({"container_id": container}))?;
+    client.call(
+        "ExecSync",
+        &json!({"container_id": container, "cmd": ["true"], "timeout": 60}),
+    )?;
+    client.call("StopContainer", &json!({"container_id": container}))?;
+    client.call("StopPodSandbox", &json!({"pod_sandbox_id": pod}))?;
+    client.call("RemovePodSandbox", &json!({"pod_sandbox_id": pod}))?;
+    Ok(())
 }

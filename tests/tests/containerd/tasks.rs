@@ -293,3 +293,42 @@ fn the_runtimes_own_options() {
     );
     daemon.end();
 }
+
+/// The telling part on KVM, where the rest of the suite is on QEMU: emulated guests take long to boot.
+#[test]
+fn a_container_on_kvm() {
+    if super::hypervisor_name() == "kvm" {
+        return; // as every test
+    }
+    let Some(daemon) = super::containerd_on("kvm") else {
+        return;
+    };
+    daemon.run_detached("task", &["sh", "-c", TRAP]);
+    let exec = [
+        "task",
+        "exec",
+        "--exec-id",
+        "e",
+        "task",
+        "sh",
+        "-c",
+        "echo out; exit 3",
+    ];
+    let said = daemon.ctr(&exec);
+    assert_eq!(
+        (said.status, said.stdout.as_str()),
+        (3, "out\n"),
+        "{said:?}"
+    );
+    check_cost(daemon.shims()[0]);
+    daemon
+        .ctr(&["task", "kill", "-s", "SIGTERM", "task"])
+        .expect_status(0);
+    daemon.eventually("it ends", || {
+        daemon.status("task").as_deref() == Some("STOPPED")
+    });
+    daemon.remove("task");
+    let log = fs::read_to_string(daemon.host.path("task.log")).unwrap();
+    assert_eq!(log, "started\nterm\n");
+    daemon.end();
+}

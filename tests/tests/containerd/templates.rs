@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cella_tests::containerd::{Containerd, containerd_is_missing};
+use cella_tests::containerd::{Containerd, containerd, containerd_is_missing};
 use cella_tests::{Host, missing_for, skip};
 use serde_json::Value;
 
@@ -18,7 +18,7 @@ fn the_shim_has_the_template_built_that_it_misses() {
         skip(&missing);
         return;
     }
-    let daemon = Containerd::start_on(Host::with_templates("kvm"));
+    let daemon = Containerd::start_on(Host::with_templates("kvm"), &containerd());
     let said = daemon.run(&[], "booted", &["echo", "booted"]);
     assert_eq!((said.status, said.stdout.as_str()), (0, "booted\n"));
     let deadline = Instant::now() + PATIENCE;

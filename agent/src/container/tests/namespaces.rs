@@ -1,5 +1,6 @@
 //! Which namespaces are new, joined, shared; user and time namespaces.
 
+use super::super::namespaces::IdMaps;
 use super::support::*;
 use serde_json::json;
 use std::os::fd::OwnedFd;
@@ -99,7 +100,7 @@ fn namespaces_are_joined_by_path_and_by_descriptor() {
 #[test]
 fn a_pod_shares_its_pid_namespace_through_a_holder() {
     in_sandbox(|sandbox| {
-        let holder = PidHolder::spawn(&crate::reaper::Reaper::default())?;
+        let holder = PidHolder::spawn(&crate::reaper::Reaper::default(), None)?;
         let shared = SharedNamespaces {
             pid: Shared::Fd(holder.namespace()),
             ..SharedNamespaces::default()
@@ -133,6 +134,41 @@ fn a_pod_shares_its_pid_namespace_through_a_holder() {
         );
         assert_eq!(reap(holder.pidfd()), 128 + libc::SIGKILL);
         first.delete()
+    });
+}
+
+#[test]
+fn a_pods_pids_belong_to_its_user_namespace() {
+    in_sandbox(|sandbox| {
+        let mut spec = spec(&[
+            "sh",
+            "-c",
+            "cat /proc/1/comm; cat /proc/self/uid_map; echo x > /proc/self/comm",
+        ]);
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({"type": "user"}));
+        let map = json!([{"containerID": 0, "hostID": 100000, "size": 65536}]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        for directory in [sandbox.root(), sandbox.root().join("dev")] {
+            std::os::unix::fs::chown(directory, Some(100000), Some(100000))?;
+        }
+        let maps = IdMaps::of(&serde_json::from_value(spec.clone()).unwrap())?;
+        let holder = PidHolder::spawn(&crate::reaper::Reaper::default(), maps.clone())?;
+        let mut shared = SharedNamespaces::default();
+        holder.share(None, &mut shared);
+        assert!(matches!(shared.user, Shared::None), "other ids");
+        holder.share(maps.as_ref(), &mut shared);
+        let mut boxed = sandbox.create_in("c1", &spec, &shared)?;
+        boxed.container.start()?;
+        let output = boxed.output();
+        let words: Vec<_> = output.split_whitespace().collect();
+        assert_eq!(words, ["pause", "0", "100000", "65536"]);
+        assert_eq!(boxed.wait(), 0);
+        boxed.delete()?;
+        holder.kill()?;
+        assert_eq!(reap(holder.pidfd()), 128 + libc::SIGKILL);
+        Ok(())
     });
 }
 

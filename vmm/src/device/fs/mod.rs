@@ -36,8 +36,9 @@ use self::guarded::Guarded;
 use super::lent::{Lent, broken, pop, read_config};
 use super::{Device, DeviceError, Resources, SnapshotStep, Watcher};
 
-/// How long the guest may believe a name or an attribute without asking again.
-pub const VALIDITY: Duration = Duration::from_secs(1);
+/// How long the guest may believe a name or an attribute without asking again. What changes on the host, as a ConfigMap does, is
+/// to be seen within a second.
+pub const VALIDITY: Duration = Duration::from_millis(500);
 
 /// Bytes of the tag, padded with zeros.
 const TAG_LEN: usize = 36;
