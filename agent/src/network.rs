@@ -7,10 +7,10 @@ use cella_proto::agent::{Interface, InterfaceStats, Neighbor, Route};
 
 mod address;
 mod netlink;
-mod slots;
 #[cfg(test)]
 mod tests;
 
+use crate::slots;
 use address::{Mac, Prefix};
 use netlink::{Message, Netlink};
 

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
 use rustix::time::{ClockId, Timespec};
 
-use crate::network;
+use crate::{memory, network};
 
 /// Where the agent keeps what its pod's containers mount.
 const RUN: &str = "/run/cella";
@@ -74,6 +74,10 @@ pub fn prepare() -> Result<(), Error> {
 pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error> {
     add_entropy(&request.entropy)?;
     set_clock(request.clock_ns)?;
+    memory::take_into_use(request.added_memory_bytes).map_err(system(
+        "taking added memory into use:",
+        &format!("{} bytes", request.added_memory_bytes),
+    ))?;
     set_hostname(&request.hostname)?;
     if !prepared {
         mount_shm(request.shm_bytes)?;

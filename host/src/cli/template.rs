@@ -76,11 +76,7 @@ async fn build(context: &Context, machine: &MachineArgs) -> Result<(), Error> {
         });
     }
     let (vcpus, memory_bytes) = pod::size_up(&config, machine)?;
-    let shape = Shape {
-        vcpus,
-        memory_bytes,
-        cmdline: config.kernel_params.clone(),
-    };
+    let shape = Shape::serving(vcpus, memory_bytes, &config.kernel_params);
     let begin = Instant::now();
     let limit = config.template_limit;
     let (key, built) =

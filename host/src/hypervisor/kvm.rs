@@ -28,7 +28,7 @@ impl Hypervisor for Kvm {
     }
 
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
-        let files = Files::open(&spec, guest_memory(&spec)?)?;
+        let files = Files::open(&spec, guest_memory(spec.memory_bytes)?)?;
         let vm = process::spawn(&spec, &[], &[])?;
         let fds = files.descriptors(spec.console.as_ref(), &spec.nics);
         vm.start(configure(&spec), &fds).await?;
@@ -48,13 +48,21 @@ impl Hypervisor for Kvm {
         let files = Files::open(spec, memory.into())?;
         let vm = process::spawn(spec, &[], &[])?;
         let mut fds = files.descriptors(None, &spec.nics);
+        let added = match spec.added_memory_bytes {
+            0 => None,
+            bytes => Some(guest_memory(bytes)?),
+        };
         let mut configure = configure(spec);
+        let next = u32::try_from(fds.len()).unwrap_or(u32::MAX);
         configure.restore = Some(Restore {
-            state_fd: u32::try_from(fds.len()).unwrap_or(u32::MAX),
+            state_fd: next,
+            added_memory_fd: added.as_ref().map(|_| next.saturating_add(1)),
+            added_memory_bytes: spec.added_memory_bytes,
             ..Default::default()
         })
         .into();
         fds.push(saved.state.as_fd());
+        fds.extend(added.as_ref().map(AsFd::as_fd));
         vm.start(configure, &fds).await?;
         Ok(Box::new(vm))
     }
@@ -140,14 +148,14 @@ pub fn open_kvm() -> Result<File, Error> {
 
 /// Guest RAM: a memfd, so that it can be shared and saved; of a fixed size, so that nobody can shrink it under
 /// a mapping.
-fn guest_memory(spec: &VmSpec) -> Result<OwnedFd, Error> {
-    let action = || format!("making {} bytes of guest memory", spec.memory_bytes);
+fn guest_memory(bytes: u64) -> Result<OwnedFd, Error> {
+    let action = || format!("making {bytes} bytes of guest memory");
     let memfd = rustix::fs::memfd_create(
         "cella-guest-memory",
         MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
     )
     .map_err(|e| Error::host(action(), e))?;
-    rustix::fs::ftruncate(&memfd, spec.memory_bytes).map_err(|e| Error::host(action(), e))?;
+    rustix::fs::ftruncate(&memfd, bytes).map_err(|e| Error::host(action(), e))?;
     rustix::fs::fcntl_add_seals(
         &memfd,
         SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,

@@ -17,6 +17,9 @@ use cella_proto::vmm::{Stats, StopReason};
 
 use crate::error::ErrorKind;
 
+/// Bytes in whole numbers of which memory is added to a machine: a block of virtio-mem.
+pub const ADDED_BLOCK: u64 = 2 << 20;
+
 /// The virtual machine that a sandbox asks for.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -26,6 +29,8 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// Guest RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
+    /// What a machine that is restored gets beyond the saved one's `memory_bytes`: bytes, a multiple of [`ADDED_BLOCK`].
+    pub added_memory_bytes: u64,
     /// The cella-vmm binary.
     pub vmm: PathBuf,
     /// ELF vmlinux.
@@ -209,8 +214,8 @@ pub trait Hypervisor: Send + Sync {
     fn saves(&self) -> bool {
         false
     }
-    /// Makes a virtual machine that goes on where a saved one of the same kernel, memory and CPUs was, and lets it run.
-    /// The network devices of `spec` are plugged in in addition to the saved one's devices.
+    /// Makes a virtual machine that goes on where a saved one of the same kernel, memory and CPUs was, and lets it run. The network
+    /// devices of `spec` are plugged in in addition to the saved one's devices, and its added memory in a device behind them.
     async fn restore(&self, spec: &VmSpec, _saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
         Err(Error::Refused {
             id: spec.id.clone(),

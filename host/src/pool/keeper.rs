@@ -156,11 +156,7 @@ impl Keeper {
         if !config.template || config.pool == 0 {
             return false;
         }
-        let shape = Shape {
-            vcpus: config.cpus,
-            memory_bytes: config.memory_bytes,
-            cmdline: config.kernel_params,
-        };
+        let shape = Shape::serving(config.cpus, config.memory_bytes, &config.kernel_params);
         let key = Key::of(&self.paths, &shape).ok();
         let saved = key
             .as_ref()

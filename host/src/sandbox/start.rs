@@ -123,10 +123,14 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// An idle clone of it. Those of the pool have no network interfaces.
+    /// An idle clone of it. Those of the pool have no network interfaces and no added memory.
     pub(super) fn claim(&self, paths: &Paths, spec: &SandboxSpec) -> Option<Claimed> {
         match self {
-            Self::Template(key, ..) if spec.pool && spec.netns.is_none() => pool::claim(paths, key),
+            Self::Template(key, shape, _)
+                if spec.pool && spec.netns.is_none() && spec.memory_bytes == shape.memory_bytes =>
+            {
+                pool::claim(paths, key)
+            }
             _ => None,
         }
     }
@@ -136,11 +140,7 @@ impl Found {
         if !spec.template || !hypervisor.saves() || spec.console.is_some() {
             return Self::Nothing;
         }
-        let shape = Shape {
-            vcpus: spec.vcpus,
-            memory_bytes: spec.memory_bytes,
-            cmdline: spec.cmdline.clone(),
-        };
+        let shape = Shape::serving(spec.vcpus, spec.memory_bytes, &spec.cmdline);
         let key = match Key::of(paths, &shape) {
             Ok(key) => key,
             // A program is missing: the boot fails of it, and says so.
@@ -158,6 +158,15 @@ impl Found {
             }
         }
     }
+}
+
+/// Makes `spec` that of a clone of a template of `shape`, with the memory that it has beyond that as added memory.
+fn grow(spec: &mut VmSpec, shape: &Shape) {
+    let more = spec.memory_bytes.saturating_sub(shape.memory_bytes);
+    spec.added_memory_bytes = more
+        .checked_next_multiple_of(hypervisor::ADDED_BLOCK)
+        .unwrap_or(more);
+    spec.memory_bytes = shape.memory_bytes;
 }
 
 /// A template that cannot be used is in the way of one that can, unless it is the host that lacks something.
@@ -189,9 +198,13 @@ impl Start<'_> {
         &mut self,
         paths: &Paths,
         found: Found,
-        spec: VmSpec,
+        mut spec: VmSpec,
         listener: &UnixListener,
     ) -> Result<(Box<dyn Vm>, Agent, TemplateUse), Error> {
+        let memory_bytes = spec.memory_bytes;
+        if let Found::Template(_, shape, _) = &found {
+            grow(&mut spec, shape);
+        }
         let template = match found {
             Found::Template(key, shape, saved) => match self.clone_from(&spec, &saved).await {
                 Ok(Ok((vm, agent))) => return Ok((vm, agent, TemplateUse::Cloned)),
@@ -207,12 +220,21 @@ impl Start<'_> {
             Found::Missing(shape) => TemplateUse::Wanted(shape),
             Found::Nothing => TemplateUse::Unused,
         };
-        let (vm, agent) = self.boot(spec, listener).await?;
+        let (vm, agent) = self
+            .boot(
+                VmSpec {
+                    memory_bytes,
+                    ..spec
+                },
+                listener,
+            )
+            .await?;
         Ok((vm, agent, template))
     }
 
     /// Restores the saved machine, and gives the agent that waits in it its identity before anything else.
     async fn clone_from(&mut self, spec: &VmSpec, saved: &SavedVm) -> Result<SetUp, Error> {
+        self.request.added_memory_bytes = spec.added_memory_bytes;
         let vm = self.hypervisor.restore(spec, saved).await?;
         self.identify(vm).await
     }
@@ -265,6 +287,7 @@ impl Start<'_> {
         let started_us = started_us(vm.as_ref()).await;
         self.timeline.ready(agent.ready().await?, started_us);
         personalize(&mut self.request)?;
+        self.request.added_memory_bytes = 0;
         agent
             .client()
             .set_up_sandbox(Context::default(), &self.request)
@@ -362,6 +385,7 @@ fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -
         id: dir.id().to_owned(),
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes,
+        added_memory_bytes: 0,
         vmm: paths.vmm(),
         kernel: paths.kernel(),
         initrd: paths.initrd(),

@@ -16,8 +16,8 @@ use crate::sandbox::state::{self, ProcessId, SandboxState};
 
 /// The word that tells the agent what it is for.
 const WORD: &str = "cella_template=1";
-/// Empty places for the network devices and disks of a clone.
-pub const SPARE_SLOTS: u32 = 6;
+/// Empty places for what a clone has beyond its template: eight network interfaces, added memory.
+pub const SPARE_SLOTS: u32 = 9;
 /// How long the guest may take to the agent's word.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long the guest gets to end the last connection and what it does some time after a container. Nothing depends on
@@ -130,6 +130,7 @@ pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec 
         id: dir.id().to_owned(),
         vcpus: shape.vcpus,
         memory_bytes: shape.memory_bytes,
+        added_memory_bytes: 0,
         vmm: paths.vmm(),
         kernel: paths.kernel(),
         initrd: paths.initrd(),

@@ -28,6 +28,21 @@ pub struct Shape {
     pub cmdline: String,
 }
 
+/// Guest RAM of the templates that sandboxes of as much memory or more are cloned from, bytes: a sandbox's that says nothing
+/// of its memory. What a larger one has beyond it is added when it is cloned.
+const SERVED_FROM: u64 = 256 << 20;
+
+impl Shape {
+    /// The shape of the template that serves sandboxes of this one.
+    pub fn serving(vcpus: u32, memory_bytes: u64, cmdline: &str) -> Self {
+        Self {
+            vcpus,
+            memory_bytes: memory_bytes.min(SERVED_FROM),
+            cmdline: cmdline.to_owned(),
+        }
+    }
+}
+
 /// The name of a template: a hash of everything that it depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key(String);
@@ -159,6 +174,15 @@ mod tests {
         for (index, one) in seen.iter().enumerate() {
             assert!(!seen[..index].contains(one), "{index}");
         }
+    }
+
+    #[test]
+    fn one_template_serves_all_that_are_larger() {
+        let memory = |mib: u64| Shape::serving(1, mib << 20, "").memory_bytes >> 20;
+        assert_eq!(
+            [64, 255, 256, 257, 4096].map(memory),
+            [64, 255, 256, 256, 256]
+        );
     }
 
     #[test]

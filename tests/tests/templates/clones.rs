@@ -11,7 +11,7 @@ use cella_host::sandbox::{Sandbox, TemplateUse};
 use cella_proto::agent::{CreateContainerRequest, IdentityResponse, SetUpSandboxRequest};
 use ttrpc::context::Context;
 
-use super::here::{Here, block_on};
+use super::here::{Here, MEMORY, block_on};
 use super::pool;
 
 const CLONES: usize = 50;
@@ -46,9 +46,32 @@ fn clones_are_safe_and_cheap() {
         };
         a_clone_takes_the_time_that_it_is_given_and_does_nothing_before(&here).await;
         pool::idle_clones_are_claimed_and_replaced(&here).await;
+        a_larger_one_has_all_of_its_memory(&here).await;
         fifty_have_nothing_in_common(&here).await;
         here.host.assert_clean();
     });
+}
+
+/// What it has beyond its template is not whole memory blocks of the guest's kernel (128 MiB).
+async fn a_larger_one_has_all_of_its_memory(here: &Here) {
+    let memory_kib = async |id, bytes| {
+        let sandbox = here.sandbox_with(id, |spec| spec.memory_bytes = bytes);
+        let sandbox = sandbox.await.unwrap();
+        assert_eq!(sandbox.template_use(), Some(&TemplateUse::Cloned));
+        let kib = sandbox.info().await.unwrap().memory_total_kib;
+        sandbox.discard().await.unwrap();
+        kib
+    };
+    let more = 150 << 20;
+    let plain = memory_kib("plain", MEMORY).await;
+    let larger = memory_kib("larger", MEMORY + more).await;
+    // The kernel describes each page of a block, of which it has two, by 64 bytes.
+    let added = larger - plain;
+    let expected = (more >> 10) - (4 << 10);
+    assert!(
+        (expected - 1024..=more >> 10).contains(&added),
+        "{added} KiB"
+    );
 }
 
 async fn fifty_have_nothing_in_common(here: &Here) {

@@ -12,9 +12,9 @@ use cella_host::timeline::Timeline;
 use cella_tests::{Host, libexec, missing_for, skip};
 
 /// Memory of the sandboxes of these tests.
-pub const MEMORY: u64 = 128 << 20;
+pub const MEMORY: u64 = 256 << 20;
 /// The same, for the command line.
-pub const MEMORY_FLAG: &str = "128M";
+pub const MEMORY_FLAG: &str = "256M";
 /// What templates may take.
 pub const LIMIT: u64 = 1 << 30;
 
@@ -79,13 +79,17 @@ impl Here {
 
     /// A sandbox that is cloned, if it can be.
     pub async fn sandbox(&self, id: &str) -> Result<Sandbox, Error> {
-        self.sandbox_of(id, false).await
+        self.sandbox_with(id, |_| {}).await
     }
 
-    /// The same, from the pool if `pool` says so and there is one.
-    pub async fn sandbox_of(&self, id: &str, pool: bool) -> Result<Sandbox, Error> {
+    /// The same with a specification that is changed.
+    pub async fn sandbox_with(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut SandboxSpec),
+    ) -> Result<Sandbox, Error> {
         let dir = SandboxDir::new(&self.paths, id)?;
-        let spec = SandboxSpec {
+        let mut spec = SandboxSpec {
             pod: false,
             vcpus: 1,
             memory_bytes: MEMORY,
@@ -94,10 +98,11 @@ impl Here {
             cmdline: String::new(),
             console: None,
             template: true,
-            pool,
+            pool: false,
             netns: None,
             resolv_conf: String::new(),
         };
+        change(&mut spec);
         Sandbox::boot(&self.paths, dir, &Kvm, spec, &Timeline::new()).await
     }
 
@@ -112,6 +117,7 @@ impl Here {
             id: dir.id().to_owned(),
             vcpus: 1,
             memory_bytes: MEMORY,
+            added_memory_bytes: 0,
             vmm: self.paths.vmm(),
             kernel: self.paths.kernel(),
             initrd: self.paths.initrd(),

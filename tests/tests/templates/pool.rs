@@ -54,8 +54,12 @@ pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
     // A state is written just before the keeper has it among those to give.
     std::thread::sleep(Duration::from_millis(200));
     let (one, other) = (
-        here.sandbox_of("one", true).await.unwrap(),
-        here.sandbox_of("other", true).await.unwrap(),
+        here.sandbox_with("one", |spec| spec.pool = true)
+            .await
+            .unwrap(),
+        here.sandbox_with("other", |spec| spec.pool = true)
+            .await
+            .unwrap(),
     );
     for sandbox in [&one, &other] {
         assert_eq!(sandbox.template_use(), Some(&TemplateUse::Claimed));

@@ -24,7 +24,8 @@ const NO_HARDWARE_KVM: &str = "syscall_by_fault tick_stretch=5 clocksource=kvm-c
 /// - `no_timer_check`: the interrupt controllers are KVM's and work; the kernel would wait ten ticks to see that.
 /// - `lapic_khz`: KVM clocks every local APIC with 1 GHz; the kernel would wait to measure it (a patched kernel's word,
 ///   which others pass on to their init).
-const ALWAYS: &str = "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000";
+/// - `memhp_default_state`: memory that a clone of this guest gets in addition is in use as soon as it is there.
+const ALWAYS: &str = "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 memhp_default_state=online_kernel";
 
 /// One serial port, so that the kernel does not probe for three more.
 const CONSOLE: &str = "8250.nr_uarts=1 console=ttyS0";
@@ -94,7 +95,8 @@ mod tests {
     fn a_machine_without_anything_says_what_always_holds() {
         assert_eq!(
             build(&Facts::default(), "").unwrap(),
-            "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 quiet loglevel=0"
+            "reboot=k noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 memhp_default_state=online_kernel \
+             quiet loglevel=0"
         );
     }
 

@@ -61,6 +61,10 @@ pub const MP_TABLE_BYTES: usize = 0x400;
 /// Where RAM goes on above the legacy hole: 1 MiB. The kernel and the initrd lie above.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
+/// Where memory that is added to a machine lies: at a multiple of this, the largest unit in which Linux takes memory into
+/// use on x86 (`MAX_BLOCK_SIZE` in its arch/x86/mm/init_64.c).
+const ADDED_ALIGN: u64 = 2 << 30;
+
 /// The most vCPUs a machine has.
 pub const MAX_VCPUS: u32 = 32;
 
@@ -72,6 +76,14 @@ pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
         ranges.push((HIGH_RAM_START, bytes - low));
     }
     ranges
+}
+
+/// Guest-physical address of the memory that is added to a machine with `bytes` of RAM, which is at most 1 TiB.
+pub fn added_start(bytes: u64) -> u64 {
+    let end = ram_ranges(bytes)
+        .last()
+        .map_or(0, |(start, len)| start.saturating_add(*len));
+    end.max(HIGH_RAM_START).next_multiple_of(ADDED_ALIGN)
 }
 
 #[cfg(test)]
@@ -86,6 +98,21 @@ mod tests {
             ram_ranges(HOLE_START + 4096),
             [(0, HOLE_START), (HIGH_RAM_START, 4096)]
         );
+    }
+
+    #[test]
+    fn added_memory_lies_behind_the_ram_and_the_hole() {
+        const GIB: u64 = 1 << 30;
+        for (bytes, start) in [
+            (GIB / 8, 4 * GIB),
+            (HOLE_START, 4 * GIB),
+            (HOLE_START + 4096, 6 * GIB),
+            (5 * GIB, 6 * GIB),
+            (5 * GIB + 4096, 8 * GIB),
+            (1 << 40, 1026 * GIB),
+        ] {
+            assert_eq!(added_start(bytes), start, "{bytes:#x}");
+        }
     }
 
     #[test]

@@ -8,7 +8,10 @@ use cella_proto::vmm::{Configure, Device, ErrorKind, Net, Restore, device};
 
 use super::packet::Fds;
 use super::refusal::Refusal;
+use crate::boot::layout;
+use crate::device::mem::BLOCK_BYTES;
 use crate::machine::devices::DeviceSpec;
+use crate::machine::memory::{AddedMemory, MAX_MEMORY_BYTES};
 use crate::machine::{MachineConfig, RestoreConfig};
 use crate::snapshot;
 
@@ -45,11 +48,22 @@ pub fn parse(
         Some(restore) => Beginning::Restore(saved(configure, restore, fds)?),
         None => Beginning::Boot(booted(configure, fds)?),
     };
-    let specs = configure
+    let mut specs: Vec<_> = configure
         .devices
         .iter()
         .map(|device| device_spec(device, fds))
         .collect::<Result<_, _>>()?;
+    if let Beginning::Restore(RestoreConfig {
+        added: Some(added), ..
+    }) = &beginning
+    {
+        let file = added.file.try_clone();
+        specs.push(DeviceSpec::Mem {
+            start: layout::added_start(configure.memory_bytes),
+            bytes: added.bytes,
+            file: file.map_err(Refusal::io("configuring the machine: added_memory_fd"))?,
+        });
+    }
     Ok((beginning, specs))
 }
 
@@ -61,16 +75,43 @@ fn saved(
     if configure.console_fd.is_some() {
         return Err(invalid("a restored machine has no console".to_owned()));
     }
+    let added = added_memory(configure, restore, fds)?;
     let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
     let state = file(restore.state_fd, "restore.state_fd")?;
     Ok(RestoreConfig {
         kvm: file(configure.kvm_fd, "kvm_fd")?,
         memory: file(configure.memory_fd, "memory_fd")?,
         memory_bytes: configure.memory_bytes,
+        added,
         vcpus: configure.vcpus,
         state: snapshot::file::read(&state)
             .map_err(Refusal::snapshot("configuring the machine: the snapshot"))?,
     })
+}
+
+fn added_memory(
+    configure: &Configure,
+    restore: &Restore,
+    fds: &mut Fds,
+) -> Result<Option<AddedMemory>, Refusal> {
+    let Some(index) = restore.added_memory_fd else {
+        return Ok(None);
+    };
+    let bytes = restore.added_memory_bytes;
+    let all = configure.memory_bytes.checked_add(bytes);
+    if bytes == 0
+        || !bytes.is_multiple_of(BLOCK_BYTES)
+        || all.is_none_or(|all| all > MAX_MEMORY_BYTES)
+    {
+        return Err(invalid(format!(
+            "added memory of {bytes} bytes: it must be whole blocks of {BLOCK_BYTES} bytes, and all memory at most \
+             {MAX_MEMORY_BYTES} bytes"
+        )));
+    }
+    Ok(Some(AddedMemory {
+        file: take(fds, index, "restore.added_memory_fd")?.into(),
+        bytes,
+    }))
 }
 
 fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal> {

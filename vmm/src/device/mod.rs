@@ -8,6 +8,7 @@
 pub mod block;
 pub mod fs;
 mod lent;
+pub mod mem;
 pub mod net;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

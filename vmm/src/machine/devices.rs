@@ -13,6 +13,7 @@ use super::worker::{Worker, WorkerThread};
 use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
+use crate::device::mem::Mem;
 use crate::device::net::Net;
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
@@ -46,6 +47,15 @@ pub enum DeviceSpec {
         read_only: bool,
         /// At most 20 bytes.
         serial: String,
+    },
+    /// virtio-mem.
+    Mem {
+        /// Guest-physical address of its range, which is mapped.
+        start: u64,
+        /// Whole blocks.
+        bytes: u64,
+        /// What the range is mapped from.
+        file: File,
     },
     /// virtio-rng.
     Rng,
@@ -297,6 +307,12 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             device: Box::new(Block::new(file, read_only, &serial).map_err(DevicesError::Block)?),
             // A hypervisor elsewhere has disks of its own.
             thread: Some(Threads::both(ThreadKind::Block)),
+            handed: 1,
+        },
+        DeviceSpec::Mem { start, bytes, file } => Made {
+            name: "mem",
+            device: Box::new(Mem::new(start, bytes, file)),
+            thread: None,
             handed: 1,
         },
         DeviceSpec::Rng => Made {

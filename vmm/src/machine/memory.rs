@@ -22,6 +22,15 @@ pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
 const PAGE_BYTES: u64 = 4096;
 
+/// Memory that a machine has beyond that of its snapshot.
+#[derive(Debug)]
+pub struct AddedMemory {
+    /// A memfd of `bytes`.
+    pub file: File,
+    /// Whole blocks of [`mem::BLOCK_BYTES`](crate::device::mem::BLOCK_BYTES).
+    pub bytes: u64,
+}
+
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -67,27 +76,44 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
-    map_as(file, bytes, libc::MAP_SHARED)
+    collect(map_ram(file, bytes, libc::MAP_SHARED)?)
 }
 
 /// Maps `bytes` of guest memory from `file`, which must have exactly that size and is never written: a page that the guest
-/// writes becomes this process's own.
+/// writes becomes this process's own. `added` is mapped shared, behind it.
 ///
 /// # Errors
 /// See [`MemoryError`].
-pub fn map_private(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
-    map_as(file, bytes, libc::MAP_PRIVATE)
+pub fn map_private(
+    file: File,
+    bytes: u64,
+    added: Option<AddedMemory>,
+) -> Result<GuestMemory, MemoryError> {
+    let mut regions = map_ram(file, bytes, libc::MAP_PRIVATE)?;
+    if let Some(AddedMemory { file, bytes: more }) = added {
+        check_file(&file, more)?;
+        let start = layout::added_start(bytes);
+        regions.push(map_range(
+            &Arc::new(file),
+            0,
+            start,
+            more,
+            libc::MAP_SHARED,
+        )?);
+    }
+    collect(regions)
 }
 
-fn map_as(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, MemoryError> {
+fn map_ram(
+    file: File,
+    bytes: u64,
+    sharing: libc::c_int,
+) -> Result<Vec<GuestRegionMmap>, MemoryError> {
     if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(PAGE_BYTES)
     {
         return Err(MemoryError::Size { bytes });
     }
-    let file_bytes = file.metadata().map_err(MemoryError::Stat)?.size();
-    if file_bytes != bytes {
-        return Err(MemoryError::FileSize { bytes, file_bytes });
-    }
+    check_file(&file, bytes)?;
     let file = Arc::new(file);
     let mut regions = Vec::new();
     let mut offset = 0;
@@ -95,9 +121,20 @@ fn map_as(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, M
         regions.push(map_range(&file, offset, address, len, sharing)?);
         offset += len;
     }
-    Ok(GuestMemoryAtomic::new(GuestMemoryMmap::from_regions(
-        regions,
-    )?))
+    Ok(regions)
+}
+
+fn check_file(file: &File, bytes: u64) -> Result<(), MemoryError> {
+    let file_bytes = file.metadata().map_err(MemoryError::Stat)?.size();
+    match file_bytes == bytes {
+        true => Ok(()),
+        false => Err(MemoryError::FileSize { bytes, file_bytes }),
+    }
+}
+
+fn collect(regions: Vec<GuestRegionMmap>) -> Result<GuestMemory, MemoryError> {
+    let memory = GuestMemoryMmap::from_regions(regions)?;
+    Ok(GuestMemoryAtomic::new(memory))
 }
 
 pub(crate) fn map_range(

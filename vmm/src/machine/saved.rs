@@ -11,6 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddressSpace, GuestMemory as _, GuestMemoryRegion};
 
+use super::memory::AddedMemory;
 use super::{Machine, MachineError, Origin, State, check_vcpus, kvm, memory};
 use crate::snapshot::{SnapshotError, bytes, file, pages, value};
 use crate::vcpu::state;
@@ -24,6 +25,8 @@ pub struct RestoreConfig {
     pub memory: File,
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
+    /// Memory that the machine gets in addition; the last of its devices gives it to the guest.
+    pub added: Option<AddedMemory>,
     /// 1 to 32.
     pub vcpus: u32,
     /// The snapshot's state, from [`file::read`].
@@ -48,7 +51,7 @@ impl Machine {
         check_shape("memory bytes", state.memory_bytes, config.memory_bytes)?;
         check_shape("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
         pages::check(&config.memory, config.memory_bytes, &state.samples)?;
-        let memory = memory::map_private(config.memory, config.memory_bytes)?;
+        let memory = memory::map_private(config.memory, config.memory_bytes, config.added)?;
         let origin = Origin::Saved(Box::new(state));
         Self::make(config.kvm, memory, config.vcpus, None, origin)
     }

@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(samples.len(), 4);
         assert_eq!(file.metadata().unwrap().blocks() * 512, 4 * 4096);
         check(&file, MIN_MEMORY_BYTES, &samples).unwrap();
-        let clone = memory::map_private(file.try_clone().unwrap(), MIN_MEMORY_BYTES).unwrap();
+        let clone = memory::map_private(file.try_clone().unwrap(), MIN_MEMORY_BYTES, None).unwrap();
         for at in places {
             let value: u64 = clone.memory().read_obj(GuestAddress(at)).unwrap();
             assert_eq!(value, at ^ 0x55);

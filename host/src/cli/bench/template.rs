@@ -36,11 +36,7 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
         return Ok(None);
     }
     let (vcpus, memory_bytes) = pod::size_up(&config, machine)?;
-    let shape = Shape {
-        vcpus,
-        memory_bytes,
-        cmdline: config.kernel_params.clone(),
-    };
+    let shape = Shape::serving(vcpus, memory_bytes, &config.kernel_params);
     let limit = config.template_limit;
     template::build(&context.paths, choice.hypervisor.as_ref(), &shape, limit).await?;
     let (mut times, mut host, mut guest, mut private) = (vec![], vec![], vec![], vec![]);

@@ -195,6 +195,11 @@ const MAIN: &[Call] = &[
         SYS_lseek,
         "statistics: /proc/self/smaps from its start; snapshots: pages of the guest's memory that were used"
     ),
+    call!(
+        SYS_fallocate,
+        "virtio-mem: memory that the guest gives up",
+        arg!(1 is libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+    ),
     call!(SYS_pwrite64, "snapshots: to the files that came for it"),
     call!(SYS_fstat, "snapshots: the length of the memory's file"),
     call!(SYS_statx, "as fstat"),

@@ -9,7 +9,7 @@ const PREFIX: &str = "virtio-mmio.";
 
 /// Has the kernel look into every virtio-mmio slot that has no driver. A slot that is still empty refuses; whether the
 /// device that is missed was found shows when it is used.
-pub(super) fn look_again() {
+pub fn look_again() {
     look_again_in(Path::new(DEVICES), Path::new(BIND));
 }
 
