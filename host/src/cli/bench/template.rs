@@ -11,7 +11,7 @@ use super::process::median;
 use super::{Context, Error, Options};
 use crate::cli::pod;
 use crate::config::Config;
-use crate::container;
+use crate::container as record;
 use crate::hypervisor;
 use crate::sandbox::{Sandbox, TemplateUse};
 use crate::template::{self, Shape};
@@ -41,7 +41,7 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
     template::build(&context.paths, choice.hypervisor.as_ref(), &shape, limit).await?;
     let (mut times, mut host, mut guest, mut private) = (vec![], vec![], vec![], vec![]);
     for _ in 0..ROUNDS {
-        let id = format!("bench-{}", container::new_id()?);
+        let id = format!("bench-{}", record::new_id()?);
         let (own, begin) = (own_cpu(), Instant::now());
         let timeline = Timeline::new();
         let sandbox = pod::boot(context, &config, &id, false, machine, &timeline).await?;
@@ -71,7 +71,7 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
 /// Milliseconds from the request for a clone to the first output of a container in it.
 async fn first_output(context: &Context, config: &Config, options: &Options) -> Result<f64, Error> {
     let action = "waiting for a container's first output";
-    let id = format!("bench-{}", container::new_id()?);
+    let id = format!("bench-{}", record::new_id()?);
     let (begin, timeline) = (Instant::now(), Timeline::new());
     let sandbox = pod::boot(context, config, &id, false, &options.machine, &timeline).await?;
     let command = ["/bin/busybox", "echo", "first"];
