@@ -25,7 +25,10 @@ peers() {
     agent/initramfs.sh "target/$target/guest/peers-guest" target/peers/guest.cpio
     cargo build --quiet --locked --release -p cella-tests --bin peers
     echo "== vsock and virtiofs, ours and the stock daemons'"
-    target/release/peers "$daemon" "$virtiofsd" target/peers/guest.cpio | tee target/bench/peers.json
+    if ! target/release/peers "$daemon" "$virtiofsd" target/peers/guest.cpio | tee target/bench/peers.json; then
+        rm -f target/bench/peers.json
+        echo "FAILED: the measurement against the stock daemons"
+    fi
 }
 
 if [ -w /dev/kvm ]; then
