@@ -309,6 +309,12 @@ impl Events {
             .expect("an event, not the end")
     }
 
+    /// Whether the stream ends, whatever comes before its end.
+    pub async fn end(&mut self) -> bool {
+        let to_the_end = async { while let Ok(Some(_)) = self.0.recv().await {} };
+        tokio::time::timeout(PATIENCE, to_the_end).await.is_ok()
+    }
+
     /// The next exit, which must be the next event.
     pub async fn exit(&mut self) -> Exit {
         let mut event = self.next().await;
