@@ -124,15 +124,18 @@ fn exits_are_within_their_budget_and_more_is_noticed() {
 #[test]
 fn ten_exits_more_are_within_and_eleven_are_not() {
     let mut budget = budget();
-    budget.vm_exits = BTreeMap::from([("emulate".to_owned(), 20), ("mmio_read".to_owned(), 150)]);
+    budget.vm_exits = BTreeMap::from([("io_out".to_owned(), 20), ("mmio_read".to_owned(), 150)]);
     let failures_with = |reason: &str, count: u64| {
         let exits = BTreeMap::from([(reason.to_owned(), count)]);
         budget.compare_exits(&exits).failures
     };
-    assert!(failures_with("emulate", 30).is_empty());
-    assert!(failures_with("emulate", 31)[0].contains("emulate"));
+    assert!(failures_with("io_out", 30).is_empty());
+    assert!(failures_with("io_out", 31)[0].contains("io_out"));
     assert!(failures_with("mmio_read", 165).is_empty());
     assert_eq!(failures_with("mmio_read", 166).len(), 1);
+    // What depends on the host's load, the limit alone holds.
+    assert!(failures_with("emulate", 299).is_empty());
+    assert_eq!(failures_with("emulate", 301).len(), 1);
     // A reason without a budget.
     assert!(failures_with("io_in", 10).is_empty());
     assert_eq!(failures_with("io_in", 11).len(), 1);

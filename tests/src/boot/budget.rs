@@ -11,11 +11,13 @@ use super::report::{Counts, Tools};
 
 /// How much more than its budget a count may be, in percent.
 pub const TOLERANCE_PERCENT: u64 = 2;
-/// VM exits depend a little on when interrupts come: each switch between processes may be one. So many more of a reason are
-/// within its budget, if that is more than [`EXITS_PERCENT`].
+/// So many more VM exits of a reason are within its budget, if that is more than [`EXITS_PERCENT`].
 pub const EXITS_SPARE: u64 = 10;
-/// How much more than its budget a count of VM exits may be, in percent. Runs differ by 2 or 3 of 210.
+/// How much more than its budget a count of VM exits may be, in percent.
 pub const EXITS_PERCENT: u64 = 10;
+/// Reasons that depend on when interrupts come (each switch between processes saves a state), and so on the host's load: 19 to
+/// 30 were seen. Only the limit on all exits holds them.
+const EXITS_BY_LOAD: [&str; 3] = ["emulate", "intr", "hlt"];
 /// How a budget is renewed; errors and the file itself say it.
 pub const RENEW: &str = "make bench-boot RENEW=1";
 
@@ -110,7 +112,8 @@ impl Budget {
     pub fn compare_exits(&self, exits: &BTreeMap<String, u64>) -> Verdict {
         let mut verdict = Verdict::default();
         verdict.limit("vm_exits", self.limits.vm_exits, exits.values().sum());
-        for (reason, &count) in exits {
+        let steady = |reason: &str| !EXITS_BY_LOAD.contains(&reason);
+        for (reason, &count) in exits.iter().filter(|(reason, _)| steady(reason)) {
             let budget = self.vm_exits.get(reason).copied().unwrap_or(0);
             let most = budget.saturating_add(EXITS_SPARE.max(budget / (100 / EXITS_PERCENT)));
             if count > most {
