@@ -32,19 +32,25 @@ fn main() {
     unsafe { libc::reboot(libc::RB_AUTOBOOT) };
 }
 
+/// What is measured in each round, and the figure's name.
+type Step = (&'static str, fn(usize) -> io::Result<f64>);
+
+const STEPS: [Step; 6] = [
+    ("vsock_round_trip_us", |_| round_trip_us()),
+    ("vsock_to_host_mib_per_s", |_| to_host()),
+    ("vsock_from_host_mib_per_s", |_| from_host()),
+    ("fs_read_mib_per_s", read),
+    ("fs_write_mib_per_s", write),
+    ("fs_lookups_per_s", lookups),
+];
+
 fn measure() -> io::Result<String> {
     mount()?;
     let mut report = String::new();
     for round in 0..ROUNDS {
-        let figures = [
-            ("vsock_round_trip_us", round_trip_us()?),
-            ("vsock_to_host_mib_per_s", to_host()?),
-            ("vsock_from_host_mib_per_s", from_host()?),
-            ("fs_read_mib_per_s", read(round)?),
-            ("fs_write_mib_per_s", write(round)?),
-            ("fs_lookups_per_s", lookups(round)?),
-        ];
-        for (name, figure) in figures {
+        for (name, step) in STEPS {
+            let figure = step(round)
+                .map_err(|e| io::Error::new(e.kind(), format!("{name} of round {round}: {e}")))?;
             report.push_str(&format!("{name} {figure}\n"));
         }
     }

@@ -197,7 +197,7 @@ const MAIN: &[Call] = &[
     ),
     call!(
         SYS_fallocate,
-        "virtio-mem: memory that the guest gives up",
+        "virtio-mem: memory that the guest gives up; vhost-user: the companion's files are taken away",
         arg!(1 is libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
     ),
     call!(SYS_pwrite64, "snapshots: to the files that came for it"),
@@ -320,11 +320,6 @@ const FS: &[Call] = &[
 ];
 
 const VHOST_USER_MAIN: &[Call] = &[
-    call!(
-        SYS_fallocate,
-        "the companion's files are taken away",
-        arg!(1 is libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-    ),
     call!(
         SYS_pidfd_send_signal,
         "the companion, the only process there is a descriptor of: paused, continued and ended"
