@@ -4,7 +4,7 @@
 //! | file | what lives there |
 //! | --- | --- |
 //! | `args`, `bootstrap`, `start`, `delete`, `info` | how containerd runs the shim |
-//! | `serve` | the shim itself |
+//! | `serve`, `orphan` | the shim itself, and whether containerd still knows of it |
 //! | `task` | the task service (v2 and v3) |
 //! | `sandbox_service`, `pod_files` | the sandbox service, and what containerd leaves to it |
 //! | `pod`, `container`, `process` | what is known of the sandbox and what is in it |
@@ -28,6 +28,7 @@ mod io;
 mod lifecycle;
 mod log;
 mod logger;
+mod orphan;
 mod pids;
 mod pod;
 mod pod_files;

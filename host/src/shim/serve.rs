@@ -15,6 +15,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use super::args::Args;
 use super::events::Publisher;
+use super::orphan::Bundle;
 use super::pod::Pod;
 use super::sandbox_service::SandboxService;
 use super::task::TaskService;
@@ -48,6 +49,8 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
     adopt().map_err(|e| Error::host("taking the shim's socket over", e))?;
     let options = std::fs::read(start::OPTIONS_FILE).ok();
     let options = options.and_then(|bytes| Any::parse_from_bytes(&bytes).ok());
+    let bundle =
+        Bundle::watch(Path::new(".")).map_err(|e| Error::host("watching the shim's bundle", e))?;
     // The bundle is containerd's to remove.
     std::env::set_current_dir("/").map_err(|e| Error::host("leaving the bundle", e))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -56,7 +59,7 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
         .max_blocking_threads(THREADS)
         .build()
         .map_err(|e| Error::host("making the event loop", e))?;
-    let served = runtime.block_on(serve(paths, args, listener, options));
+    let served = runtime.block_on(serve(paths, args, listener, options, bundle));
     if let Err(error) = &served {
         tracing::error!("{error}");
     }
@@ -70,6 +73,7 @@ async fn serve(
     args: &Args,
     listener: UnixListener,
     options: Option<Any>,
+    bundle: Bundle,
 ) -> Result<(), Error> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
@@ -95,6 +99,7 @@ async fn serve(
     tokio::select! {
         () = pod.told_to_end() => {}
         _ = term.recv() => tracing::info!("ended by a signal"),
+        () = bundle.removal() => tracing::info!("containerd has removed the bundle"),
     }
     let ended = pod.end().await;
     let _ = tokio::time::timeout(FLUSH, publisher.flush()).await;

@@ -179,10 +179,16 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::ConnectRequest,
     ) -> Answer<api::ConnectResponse> {
-        let container = self.0.container(&request.id);
+        // A containerd that comes back to a shim whose task it had not created yet shall not take it for one with a task. A
+        // sandbox of the sandbox service has none.
+        let task_pid = match self.0.container(&request.id) {
+            Ok(container) => container.init.pid(),
+            Err(_) if self.0.declared().is_ok() => 0,
+            Err(error) => return Err(status(&error)),
+        };
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: container.map_or(0, |container| container.init.pid()),
+            task_pid,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })
