@@ -15,11 +15,10 @@ use ttrpc::asynchronous::transport::Listener;
 
 use super::args::Args;
 use super::events::Publisher;
-use super::orphan::Bundle;
 use super::pod::Pod;
 use super::sandbox_service::SandboxService;
 use super::task::TaskService;
-use super::{log, start};
+use super::{log, orphan, start};
 use crate::paths::Paths;
 use crate::sandbox::Error;
 
@@ -50,7 +49,7 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
     let options = std::fs::read(start::OPTIONS_FILE).ok();
     let options = options.and_then(|bytes| Any::parse_from_bytes(&bytes).ok());
     let bundle =
-        Bundle::watch(Path::new(".")).map_err(|e| Error::host("watching the shim's bundle", e))?;
+        std::env::current_dir().map_err(|e| Error::host("finding the shim's bundle", e))?;
     // The bundle is containerd's to remove.
     std::env::set_current_dir("/").map_err(|e| Error::host("leaving the bundle", e))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -59,7 +58,7 @@ pub fn main(paths: Paths, args: &Args) -> Result<(), Error> {
         .max_blocking_threads(THREADS)
         .build()
         .map_err(|e| Error::host("making the event loop", e))?;
-    let served = runtime.block_on(serve(paths, args, listener, options, bundle));
+    let served = runtime.block_on(serve(paths, args, listener, options, &bundle));
     if let Err(error) = &served {
         tracing::error!("{error}");
     }
@@ -73,7 +72,7 @@ async fn serve(
     args: &Args,
     listener: UnixListener,
     options: Option<Any>,
-    bundle: Bundle,
+    bundle: &Path,
 ) -> Result<(), Error> {
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::new(&args.namespace, &address);
@@ -99,7 +98,7 @@ async fn serve(
     tokio::select! {
         () = pod.told_to_end() => {}
         _ = term.recv() => tracing::info!("ended by a signal"),
-        () = bundle.removal() => tracing::info!("containerd has removed the bundle"),
+        () = orphan::removal(bundle) => tracing::info!("containerd has removed the bundle"),
     }
     let ended = pod.end().await;
     let _ = tokio::time::timeout(FLUSH, publisher.flush()).await;
