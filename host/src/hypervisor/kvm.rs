@@ -132,8 +132,8 @@ pub fn open_kvm() -> Result<File, Error> {
         .write(true)
         .open(path)
         .map_err(|e| missing("opening", e))?;
-    // SAFETY: this request has no argument.
-    match unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION) } {
+    // SAFETY: this request's argument is a number, which has to be 0.
+    match unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION, 0) } {
         KVM_API_VERSION => Ok(kvm),
         -1 => {
             let source = io::Error::last_os_error();
