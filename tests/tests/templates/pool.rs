@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use cella_host::sandbox::TemplateUse;
 use cella_tests::{finish, processes};
 
-use super::here::Here;
+use super::here::{Here, MEMORY_FLAG};
 
 /// What the keeper needs to look again, and to make or end its idle clones.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -45,7 +45,8 @@ fn keeper(here: &Here) -> Option<u32> {
 }
 
 pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
-    here.host.configure("memory = \"128M\"\npool = 2\n");
+    here.host
+        .configure(&format!("memory = \"{MEMORY_FLAG}\"\npool = 2\n"));
     let image = here.host.busybox();
     // Nobody claims what is not there yet; from then on somebody keeps it.
     here.host.cella(&["run", &image, "true"]).expect_status(0);
