@@ -20,7 +20,7 @@ const KERNEL_EVENTS: u32 = 1;
 const ONLINE: &[u8] = b"online@/devices/system/memory/memory";
 /// Bytes of an event at most (`UEVENT_BUFFER_SIZE` in linux/kobject.h).
 const EVENT: usize = 2048;
-/// The longest that a block may take: a quarter of a second where the kernel is emulated.
+/// The longest that a block may take: about two seconds were seen where the kernel is emulated.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Finds the device and returns when all of its `bytes` are in use. Nothing to do for none.
