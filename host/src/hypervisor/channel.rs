@@ -93,13 +93,12 @@ impl Channel {
         };
         if let Err(source) = sent {
             lock(&self.waiters).remove(&id);
-            return Err(match self.ended.borrow().clone() {
-                Some(ended) => self.gone(&ended),
-                None => Error::host(
-                    format!("sending a request to the VMM of {}", self.id),
-                    source,
-                ),
-            });
+            // It has closed its end; the reader may not have come to that yet.
+            if let io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset = source.kind() {
+                return Err(self.gone(&self.ended().await));
+            }
+            let action = format!("sending a request to the VMM of {}", self.id);
+            return Err(Error::host(action, source));
         }
         match receiver.await {
             Ok(reply::Body::Error(error)) => Err(self.refused(&error)),
@@ -201,6 +200,8 @@ async fn read_replies(
             })
             .await;
         let len = match read {
+            // It ended before it had read every request; what it said before can still be read, and then its end.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
             Ok((0, _)) | Err(_) => break,
             Ok((len, _)) => len,
         };

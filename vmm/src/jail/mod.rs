@@ -111,7 +111,7 @@ pub fn enter(jail: &Jail) -> Result<Entered, JailError> {
     identity::forbid_new_privileges()?;
     let landlock = landlock::restrict_process(jail)?;
     identity::become_unprivileged(jail.uid, jail.gid, jail.share.is_some())?;
-    parent.entered()?;
+    parent.entered();
     Ok(Entered {
         landlock,
         smaps,
