@@ -244,8 +244,8 @@ fn qemu_is_jailed() {
     }
     let pss = own_pss_kib(qemu);
     println!("QEMU, its guest's memory apart: {pss} KiB");
-    // Its program, which other machines share with it, is half of it.
-    assert!(pss < 50_000, "{pss} KiB");
+    // Its program and libraries, which other machines share with it, are 21 MB of it, translated code 20 (docs/qemu.md).
+    assert!(pss < 60_000, "{pss} KiB");
     host.cella(&["kill", "c", "KILL"]).expect_status(0);
     finish(child, b"").expect_status(128 + 9);
     host.assert_clean();

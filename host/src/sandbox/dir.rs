@@ -303,6 +303,10 @@ impl SandboxDir {
     }
 }
 
+/// How often the mounts are looked at, at most: the kernel shows them in pieces, and may leave one out while another
+/// process unmounts others.
+const UNMOUNTINGS: usize = 4;
+
 /// Every sandbox directory under the run directory, living or dead.
 ///
 /// # Errors
@@ -359,12 +363,18 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>, Error> {
 /// # Errors
 /// `/proc/self/mountinfo` cannot be read, or a mount cannot be detached.
 pub fn unmount_below(path: &Path) -> Result<(), Error> {
-    for point in mounts_below(path)?.iter().rev() {
-        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-        match rustix::mount::unmount(point, flags) {
-            // A peer's unmounting has taken it along.
-            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
-            Err(e) => return Err(Error::host(format!("unmounting {}", point.display()), e)),
+    for _ in 0..UNMOUNTINGS {
+        let points = mounts_below(path)?;
+        if points.is_empty() {
+            break;
+        }
+        for point in points.iter().rev() {
+            let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+            match rustix::mount::unmount(point, flags) {
+                // A peer's unmounting has taken it along.
+                Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+                Err(e) => return Err(Error::host(format!("unmounting {}", point.display()), e)),
+            }
         }
     }
     Ok(())

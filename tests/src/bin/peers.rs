@@ -28,11 +28,10 @@ const TURNS: usize = 3;
 const LIMIT: Duration = Duration::from_secs(120);
 /// As `host/src/hypervisor/qemu/command.rs` has them.
 const MACHINE: &str = "-nodefaults -no-user-config -no-reboot -display none \
-    -M microvm,acpi=off,x-option-roms=off,isa-serial=off,memory-backend=memory -accel tcg,tb-size=8 \
+    -M microvm,acpi=off,x-option-roms=off,isa-serial=off,memory-backend=memory -accel tcg,tb-size=20 \
     -cpu max,-erms,-fsrm -m 256M -smp 1 -object memory-backend-memfd,id=memory,size=256M,share=on \
     -global virtio-mmio.force-legacy=false";
-const WORDS: &str =
-    "reboot=t noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 quiet loglevel=0";
+const WORDS: &str = "reboot=t noreplace-smp rootfstype=ramfs init_on_alloc=1 no_timer_check lapic_khz=1000000 quiet loglevel=0";
 
 /// Figures by name, each measured several times.
 type Figures = BTreeMap<String, Vec<f64>>;

@@ -71,7 +71,7 @@ impl Line {
             "-M".into(),
             format!("microvm,acpi=off,x-option-roms=off,isa-serial={serial},memory-backend=memory"),
             "-accel".into(),
-            "tcg,tb-size=8".into(),
+            "tcg,tb-size=20".into(),
             "-cpu".into(),
             "max,-erms,-fsrm".into(),
             "-m".into(),
@@ -138,7 +138,7 @@ impl Line {
             None => "quiet loglevel=0",
         };
         let words = format!(
-            "reboot=t noreplace-smp rootfstype=ramfs no_timer_check lapic_khz=1000000 tsc_early_khz={} {console} {}",
+            "reboot=t noreplace-smp rootfstype=ramfs init_on_alloc=1 no_timer_check lapic_khz=1000000 tsc_early_khz={} {console} {}",
             self.tsc_khz, spec.cmdline
         );
         words.trim_end().to_owned()

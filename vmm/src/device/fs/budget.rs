@@ -50,14 +50,15 @@ impl Budget {
         true
     }
 
-    /// The guest forgets `count` lookups of `inode`.
-    pub fn forget(&mut self, inode: u64, count: u64) {
+    /// The guest forgets `count` lookups of `inode`; true if it knows nothing of it now.
+    pub fn forget(&mut self, inode: u64, count: u64) -> bool {
         if let Some(lookups) = self.inodes.get_mut(&inode) {
             *lookups = lookups.saturating_sub(count);
             if *lookups == 0 {
                 self.inodes.remove(&inode);
             }
         }
+        !self.inodes.contains_key(&inode)
     }
 
     /// A file was opened.

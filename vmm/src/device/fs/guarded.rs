@@ -27,6 +27,7 @@ use fuse_backend_rs::passthrough::PassthroughFs;
 use rustix::fs::{AtFlags, CWD};
 
 use super::budget::Budget;
+use super::content::Contents;
 use super::descriptor;
 
 /// Directory entries are read in pieces of at most this many bytes, whatever the guest has room for.
@@ -63,6 +64,7 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
 pub struct Guarded {
     inner: PassthroughFs,
     budget: Mutex<Budget>,
+    contents: Mutex<Contents>,
     // A session was begun and not ended.
     mounted: AtomicBool,
 }
@@ -78,13 +80,18 @@ impl Guarded {
         Self {
             inner,
             budget: Mutex::new(budget),
+            contents: Mutex::default(),
             mounted: AtomicBool::new(false),
         }
     }
 
+    // Both are whole after every step.
     fn budget(&self) -> MutexGuard<'_, Budget> {
-        // It is whole after every step.
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn contents(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // Before anything is made that could not be held.
@@ -198,6 +205,7 @@ impl FileSystem for Guarded {
         self.mounted.store(false, Ordering::SeqCst);
         self.inner.destroy();
         self.budget().clear();
+        self.contents().clear();
     }
 
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -207,7 +215,9 @@ impl FileSystem for Guarded {
 
     fn forget(&self, ctx: &Context, inode: u64, count: u64) {
         self.inner.forget(ctx, inode, count);
-        self.budget().forget(inode, count);
+        if self.budget().forget(inode, count) {
+            self.contents().forget(inode);
+        }
     }
 
     fn batch_forget(&self, ctx: &Context, requests: Vec<(u64, u64)>) {
@@ -316,7 +326,14 @@ impl FileSystem for Guarded {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         self.can_hold()?;
         let flags = masked(flags, OPEN_FLAGS);
-        self.counted(self.inner.open(ctx, inode, flags, fuse_flags))
+        let opened = self.inner.open(ctx, inode, flags, fuse_flags);
+        let (handle, mut options, passthrough) = self.counted(opened)?;
+        if let Ok((stat, _)) = self.inner.getattr(ctx, inode, handle)
+            && self.contents().open(inode, &stat)
+        {
+            options |= OpenOptions::KEEP_CACHE;
+        }
+        Ok((handle, options, passthrough))
     }
 
     fn create(

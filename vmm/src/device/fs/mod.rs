@@ -9,6 +9,7 @@
 //! waits for the host's disk: it should be a thread of its own (`ThreadKind::Fs`).
 
 mod budget;
+mod content;
 mod descriptor;
 mod guarded;
 #[cfg(test)]

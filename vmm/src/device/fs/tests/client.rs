@@ -193,8 +193,12 @@ impl Client {
             flags: flags as u32,
             fuse_flags,
         };
+        self.opened(opcode, node, arguments).map(|opened| opened.fh)
+    }
+
+    pub fn opened(&mut self, opcode: Opcode, node: u64, arguments: OpenIn) -> Result<OpenOut, i32> {
         let answer = self.call(opcode, node, arguments.as_slice(), 64)?;
-        Ok(OpenOut::from_slice(&answer).unwrap().fh)
+        Ok(*OpenOut::from_slice(&answer).unwrap())
     }
 
     pub fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32) -> Answer {

@@ -4,8 +4,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    FOPEN_IN_KILL_SUIDGID, ForgetOne, FsOptions, Opcode, Rename2In, SetattrIn, SetattrValid,
-    WRITE_KILL_PRIV,
+    FOPEN_IN_KILL_SUIDGID, ForgetOne, FsOptions, Opcode, OpenIn, OpenOptions, Rename2In, SetattrIn,
+    SetattrValid, WRITE_KILL_PRIV,
 };
 use vm_memory::ByteValued;
 
@@ -168,6 +168,25 @@ fn what_the_host_changes_is_believed_for_a_second_at_most() {
         3,
         "the old one lives on"
     );
+}
+
+#[test]
+fn a_file_that_is_opened_again_is_not_read_again_unless_it_has_changed() {
+    let keeps = |client: &mut Client, name: &str| {
+        let node = client.lookup(ROOT, name).unwrap().nodeid;
+        let opened = client.opened(Opcode::Open, node, OpenIn::default());
+        OpenOptions::from_bits_truncate(opened.unwrap().open_flags)
+            .contains(OpenOptions::KEEP_CACHE)
+    };
+    // Long there.
+    let mut client = Client::at(Path::new("/usr/bin"), Budget::new(1 << 16));
+    assert!(!keeps(&mut client, "env"));
+    assert!(keeps(&mut client, "env"));
+    // Written a moment ago: what is written next may have the same time.
+    let mut client = Client::new();
+    std::fs::write(client.path().join("new"), b"new").unwrap();
+    assert!(!keeps(&mut client, "new"));
+    assert!(!keeps(&mut client, "new"));
 }
 
 #[test]
