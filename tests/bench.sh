@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p target/bench
 measure() {
-    for what in memory start exec stdio vsock fs net; do
+    for what in memory start exec stdio vsock fs block net; do
         echo "== $what on $1"
         target/release/cella bench "$what" --hypervisor "$1" --memory 128M --json | tee "target/bench/$what$2.json"
     done

@@ -19,6 +19,8 @@ mod hypervisor;
 mod isolation;
 #[path = "kvm/pod.rs"]
 mod pod;
+#[path = "everything/specification.rs"]
+mod specification;
 #[path = "everything/streams.rs"]
 mod streams;
 #[path = "everything/terminal.rs"]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::{Context, Error, background, dns};
 use crate::config::Config;
-use crate::hypervisor;
+use crate::hypervisor::{self, Disk};
 use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::{Sandbox, SandboxSpec};
@@ -50,6 +50,7 @@ pub async fn boot(
     id: &str,
     pod: bool,
     machine: &MachineArgs,
+    disks: Vec<Disk>,
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
@@ -75,6 +76,7 @@ pub async fn boot(
             .netns
             .as_deref()
             .map_or(String::new(), dns::resolv_conf),
+        disks,
     };
     timeline.mark("vm-spawning");
     let dir = SandboxDir::new(&context.paths, id)?;
@@ -125,7 +127,19 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     let mut term =
         signal(SignalKind::terminate()).map_err(|e| Error::host("watching for signals", e))?;
     let timeline = Timeline::new();
-    let sandbox = boot(context, &config, &args.id, true, &args.machine, &timeline).await?;
+    let sandbox = {
+        let disks = Vec::new();
+        boot(
+            context,
+            &config,
+            &args.id,
+            true,
+            &args.machine,
+            disks,
+            &timeline,
+        )
+        .await?
+    };
     background::report_ready();
     tokio::select! {
         _ = term.recv() => sandbox.stop().await?,

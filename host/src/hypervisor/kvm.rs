@@ -7,11 +7,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Device, Fs, Net, Restore, Rng, Vsock, device};
+use cella_proto::vmm::{Block, Configure, Device, Fs, Net, Restore, Rng, Vsock, device};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::process::{self, GUEST_CID, SHARE_TAG, open};
-use super::{Error, HandedVm, Hypervisor, Nic, SavedVm, Vm, VmSpec};
+use super::{Error, HandedVm, Hypervisor, SavedVm, Vm, VmSpec};
 
 /// `KVM_GET_API_VERSION` (linux/kvm.h): `_IO(0xae, 0)`.
 const KVM_GET_API_VERSION: libc::Ioctl = 0xae00;
@@ -30,7 +30,7 @@ impl Hypervisor for Kvm {
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
         let files = Files::open(&spec, guest_memory(spec.memory_bytes)?)?;
         let vm = process::spawn(&spec, &[], &[])?;
-        let fds = files.descriptors(spec.console.as_ref(), &spec.nics);
+        let fds = files.descriptors(spec.console.as_ref(), &spec);
         vm.start(configure(&spec), &fds).await?;
         Ok(Box::new(vm))
     }
@@ -47,7 +47,7 @@ impl Hypervisor for Kvm {
             .map_err(|e| Error::host(action(), e))?;
         let files = Files::open(spec, memory.into())?;
         let vm = process::spawn(spec, &[], &[])?;
-        let mut fds = files.descriptors(None, &spec.nics);
+        let mut fds = files.descriptors(None, spec);
         let added = match spec.added_memory_bytes {
             0 => None,
             bytes => Some(guest_memory(bytes)?),
@@ -101,7 +101,7 @@ impl Files {
     fn descriptors<'a>(
         &'a self,
         console: Option<&'a File>,
-        nics: &'a [Nic],
+        spec: &'a VmSpec,
     ) -> Vec<BorrowedFd<'a>> {
         let mut fds = vec![
             self.kvm.as_fd(),
@@ -111,7 +111,8 @@ impl Files {
             self.listener.as_fd(),
         ];
         fds.extend(console.map(AsFd::as_fd));
-        fds.extend(nics.iter().map(|nic| nic.tap.as_fd()));
+        fds.extend(spec.nics.iter().map(|nic| nic.tap.as_fd()));
+        fds.extend(spec.disks.iter().map(|disk| disk.image.as_fd()));
         fds
     }
 }
@@ -180,6 +181,14 @@ fn configure(spec: &VmSpec) -> Configure {
             ..Default::default()
         }))
     });
+    let first_disk = first_nic.saturating_add(u32::try_from(spec.nics.len()).unwrap_or(u32::MAX));
+    let disks = (first_disk..).zip(&spec.disks).map(|(file_fd, disk)| {
+        device(device::Device::Block(Block {
+            file_fd,
+            read_only: disk.read_only,
+            ..Default::default()
+        }))
+    });
     Configure {
         kvm_fd: 0,
         memory_fd: 1,
@@ -202,6 +211,7 @@ fn configure(spec: &VmSpec) -> Configure {
         ]
         .into_iter()
         .chain(nics)
+        .chain(disks)
         .collect(),
         console_fd,
         spare_slots: spec.spare_slots,

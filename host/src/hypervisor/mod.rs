@@ -51,6 +51,17 @@ pub struct VmSpec {
     pub spare_slots: u32,
     /// Its network interfaces, in the order in which the guest finds them.
     pub nics: Vec<Nic>,
+    /// Its disks, `/dev/vda` first.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of the guest's.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its content, byte for byte; opened for writing too, unless it is `read_only`.
+    pub image: File,
+    /// The guest may not write to it.
+    pub read_only: bool,
 }
 
 /// A network interface of the guest.

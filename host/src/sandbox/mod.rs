@@ -39,7 +39,7 @@ use self::dir::{OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
 pub use self::start::TemplateUse;
 use crate::error::ErrorKind;
-use crate::hypervisor::{self, Hypervisor, Vm};
+use crate::hypervisor::{self, Disk, Hypervisor, Vm};
 use crate::paths::Paths;
 use crate::timeline::Timeline;
 
@@ -73,6 +73,8 @@ pub struct SandboxSpec {
     pub netns: Option<PathBuf>,
     /// The text of the containers' /etc/resolv.conf; empty: they keep their image's.
     pub resolv_conf: String,
+    /// Its disks.
+    pub disks: Vec<Disk>,
 }
 
 /// A living sandbox: owned, if this process booted it, or attached.

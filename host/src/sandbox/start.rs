@@ -396,6 +396,7 @@ fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -
         console: spec.console,
         spare_slots: 0,
         nics,
+        disks: spec.disks,
     }
 }
 

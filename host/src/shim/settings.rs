@@ -154,6 +154,7 @@ pub fn sandbox(
         netns: linux.and_then(netns),
         // Whoever makes containers brings their resolv.conf among their mounts.
         resolv_conf: String::new(),
+        disks: Vec::new(),
     })
 }
 

@@ -144,5 +144,6 @@ pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec 
         console: None,
         spare_slots: SPARE_SLOTS,
         nics: Vec::new(),
+        disks: Vec::new(),
     }
 }

@@ -51,3 +51,17 @@ fn the_clock_is_the_hosts() {
     );
     host.assert_clean();
 }
+
+#[test]
+fn what_is_measured_arrives_intact() {
+    let Some(host) = host() else { return };
+    for what in ["stdio", "fs", "block", "net", "vsock"] {
+        let said = host
+            .cella(&["bench", what, "--mib", "1", "--json"])
+            .expect_status(0);
+        let figures: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+        assert_eq!(figures["mib"], 1, "{what}: {said:?}");
+        assert_ne!(figures["intact"], false, "{what}: {said:?}");
+    }
+    host.assert_clean();
+}

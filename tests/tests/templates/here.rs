@@ -128,6 +128,7 @@ impl Here {
             console: None,
             spare_slots: 0,
             nics: Vec::new(),
+            disks: Vec::new(),
         };
         let restored = Kvm.restore(&spec, saved).await;
         restored.map_err(|error| error.to_string())

@@ -16,12 +16,24 @@ pub(super) async fn container(
     options: &Options,
     command: &[&str],
 ) -> Result<Streams, Error> {
+    container_with(sandbox, id, options, command, |_| ()).await
+}
+
+/// One whose specification `edit` has changed.
+pub(super) async fn container_with(
+    sandbox: &Sandbox,
+    id: &str,
+    options: &Options,
+    command: &[&str],
+    edit: impl FnOnce(&mut Spec),
+) -> Result<Streams, Error> {
     busybox_rootfs(sandbox, id, &options.busybox)?;
     let mut spec = Spec::default();
     let mut root = Root::default();
     root.set_readonly(Some(false));
     spec.set_root(Some(root));
     spec.set_process(Some(process(command)));
+    edit(&mut spec);
     volume::share(sandbox.dir(), id, &mut spec, |_| None)?;
     let wanted = Wanted {
         stdin: true,

@@ -1,11 +1,13 @@
 //! `cella bench`: figures of this host, each by the command that a reader can repeat.
 
+mod block;
 mod boot;
 mod container;
 mod fs;
 mod net;
 mod netns;
 mod process;
+mod steps;
 mod template;
 mod vsock;
 mod wire;
@@ -18,7 +20,7 @@ use super::pod::{self, MachineArgs};
 use super::{Context, Error};
 use crate::config::Config;
 use crate::container as record;
-use crate::error::ErrorKind;
+use crate::hypervisor::Disk;
 use crate::sandbox::Sandbox;
 use crate::timeline::Timeline;
 
@@ -50,9 +52,9 @@ enum What {
     /// Files of the shared directory, over virtiofs: reading, writing, looking up
     #[command(after_help = "Example:\n  cella bench fs --mib 64 --json")]
     Fs(Amount),
-    /// A block device of the guest's
-    #[command(after_help = "Example:\n  cella bench block --json")]
-    Block(Options),
+    /// A disk of the guest's, in a file of the host's: reading, writing, the delay of a small read
+    #[command(after_help = "Example:\n  cella bench block --mib 64 --json")]
+    Block(Amount),
     /// TCP through the guest's network interface, to a network namespace made for it by ip (iproute2)
     #[command(after_help = "Example:\n  cella bench net --mib 64 --json")]
     Net(Amount),
@@ -89,11 +91,13 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
         What::Memory(options) => (options.json, boot::memory(context, options).await?),
         What::Start(options) => (options.json, start(context, options).await?),
         What::Exec(options) => (options.json, process::exec(context, options).await?),
-        What::Block(_) => return Err(no_disks()),
         What::Stdio(Amount { options, mib }) => {
             (options.json, process::stdio(context, options, *mib).await?)
         }
         What::Fs(Amount { options, mib }) => (options.json, fs::fs(context, options, *mib).await?),
+        What::Block(Amount { options, mib }) => {
+            (options.json, block::block(context, options, *mib).await?)
+        }
         What::Net(Amount { options, mib }) => {
             (options.json, net::net(context, options, *mib).await?)
         }
@@ -123,19 +127,20 @@ async fn start(context: &Context, options: &Options) -> Result<Value, Error> {
     Ok(figures)
 }
 
-/// The VMM has a block device, but no sandbox is given one.
-fn no_disks() -> Error {
-    Error::Usage {
-        kind: ErrorKind::Unimplemented,
-        message: "no sandbox has a block device yet: images and volumes are files of the shared directory (cella bench fs)"
-            .to_owned(),
-    }
-}
-
 /// A sandbox of its own for one measurement.
 async fn sandbox(
     context: &Context,
     options: &Options,
+    timeline: &Timeline,
+) -> Result<Sandbox, Error> {
+    sandbox_with(context, options, Vec::new(), timeline).await
+}
+
+/// One with disks.
+async fn sandbox_with(
+    context: &Context,
+    options: &Options,
+    disks: Vec<Disk>,
     timeline: &Timeline,
 ) -> Result<Sandbox, Error> {
     let config = Config {
@@ -143,5 +148,14 @@ async fn sandbox(
         ..Config::load(&context.paths)?
     };
     let id = format!("bench-{}", record::new_id()?);
-    pod::boot(context, &config, &id, false, &options.machine, timeline).await
+    pod::boot(
+        context,
+        &config,
+        &id,
+        false,
+        &options.machine,
+        disks,
+        timeline,
+    )
+    .await
 }

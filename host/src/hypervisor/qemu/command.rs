@@ -22,7 +22,7 @@ pub(super) struct Line {
     /// Connected to our file system device.
     pub(super) share_fd: RawFd,
     pub(super) console: Option<Console>,
-    /// The tap of the first network interface; those of the others follow.
+    /// The tap of the first network interface; those of the others follow, and then the disks'.
     pub(super) first_nic_fd: RawFd,
     /// Of the host's time stamp counter.
     pub(super) tsc_khz: u64,
@@ -109,6 +109,22 @@ impl Line {
                 format!("tap,id=net{fd},fd={fd},vhost=off"),
                 "-device".into(),
                 format!("virtio-net-device,netdev=net{fd},mac={mac},host_mtu={mtu}"),
+            ]);
+        }
+        let first_disk_fd = self
+            .first_nic_fd
+            .saturating_add_unsigned(spec.nics.len() as u32);
+        for (fd, disk) in (first_disk_fd..).zip(&spec.disks) {
+            let read_only = if disk.read_only { "on" } else { "off" };
+            line.extend([
+                "-add-fd".into(),
+                format!("fd={fd},set={fd}"),
+                "-blockdev".into(),
+                format!(
+                    "driver=file,node-name=disk{fd},filename=/dev/fdset/{fd},locking=off,read-only={read_only}"
+                ),
+                "-device".into(),
+                format!("virtio-blk-device,drive=disk{fd}"),
             ]);
         }
         line

@@ -33,7 +33,7 @@ use crate::error::ErrorKind;
 const OLDEST: (u32, u32) = (5, 2);
 
 /// microvm has eight slots for devices, of which vsock, the shared directory and entropy take one each.
-const MAX_NICS: usize = 5;
+const MAX_NICS_AND_DISKS: usize = 5;
 
 /// The hypervisor of this module.
 #[derive(Clone, Debug)]
@@ -94,13 +94,14 @@ impl Hypervisor for Qemu {
     }
 
     async fn boot(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
-        if spec.nics.len() > MAX_NICS {
+        if spec.nics.len().saturating_add(spec.disks.len()) > MAX_NICS_AND_DISKS {
             return Err(Error::Refused {
                 id: spec.id,
                 kind: ErrorKind::InvalidArgument,
                 message: format!(
-                    "QEMU's microvm has room for {MAX_NICS} network interfaces, not {}",
-                    spec.nics.len()
+                    "QEMU's microvm has room for {MAX_NICS_AND_DISKS} network interfaces and disks, not {} and {}",
+                    spec.nics.len(),
+                    spec.disks.len()
                 ),
             });
         }
@@ -189,6 +190,9 @@ impl Qemu {
         let first_nic_fd = FIRST_FD.saturating_add(i32::try_from(inherited.len()).unwrap_or(0));
         for nic in &spec.nics {
             inherited.push(nic.tap.try_clone().map_err(host)?);
+        }
+        for disk in &spec.disks {
+            inherited.push(disk.image.try_clone().map_err(host)?.into());
         }
         let line = command::Line {
             vsock_fd: FIRST_FD,
