@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::isolation::run;
+use super::isolation::{limit_memory, run};
 use super::pod::Pod;
 
 #[test]
@@ -55,5 +55,14 @@ fn what_a_specification_asks_for_beside() {
     let cgroup = ["50", "67108864", "33554432", "50000 100000", "0", "1"];
     let expected = [&process[..], &place, &cgroup].concat();
     assert_eq!(lines[..expected.len()], expected, "{said:?}");
+    pod.end();
+}
+
+#[test]
+fn who_exceeds_a_limit_ends_alone() {
+    let Some(pod) = Pod::boot("1") else { return };
+    let script = "tail /dev/zero; echo status $?";
+    let said = run(&pod, &["sh", "-c", script], limit_memory);
+    assert_eq!(said.stdout, "status 137\n", "{said:?}");
     pod.end();
 }

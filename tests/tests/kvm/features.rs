@@ -76,8 +76,8 @@ fn exit_statuses(pod: &Pod) {
 }
 
 fn standard_streams(pod: &Pod) {
-    // 4 MiB there and back; `cella bench stdio` and the stress suites send more.
-    let sent: Vec<u8> = (0..4 << 20)
+    // 1 MiB; `everything/streams.rs` and `cella bench stdio` send more.
+    let sent: Vec<u8> = (0..1 << 20)
         .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
         .collect();
     let sum = "sha256sum | cut -d' ' -f1";
@@ -94,14 +94,14 @@ fn standard_streams(pod: &Pod) {
         .cella_with_input(&["exec", "-i", "c", "sh", "-c", sum], &sent)
         .expect_status(0);
     assert_eq!(said.stdout.trim(), of_host, "what arrived in the container");
-    let script = "i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); done; echo end >&2";
+    let script = "i=0; while [ $i -lt 50 ]; do echo line $i; i=$((i+1)); done; echo end >&2";
     let said = pod.run(&[], &["sh", "-c", script]).expect_status(0);
     assert_eq!(
         said.stdout.lines().count(),
-        200,
+        50,
         "output of a process that has exited"
     );
-    assert_eq!(said.stdout.lines().last(), Some("line 199"));
+    assert_eq!(said.stdout.lines().last(), Some("line 49"));
     assert_eq!(said.stderr, "end\n");
     // Without -i the input is empty at once.
     assert_eq!(pod.sh("cat | wc -c").trim(), "0");
