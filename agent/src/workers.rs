@@ -96,8 +96,8 @@ impl Workers {
     /// No thread yet.
     pub fn new() -> Arc<Self> {
         // The C library would give each thread a heap of its own: memory that the agent holds for nothing.
-        // SAFETY: sets a number.
         #[cfg(target_env = "gnu")]
+        // SAFETY: sets a number.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, 1);
         }

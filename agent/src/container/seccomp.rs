@@ -54,8 +54,8 @@ impl SeccompPlan {
     pub(super) fn new(spec: &LinuxSeccomp) -> Result<Self> {
         let compiled = Self::compile(spec);
         // The compiler needs a megabyte for hundreds of rules, which the guest is to have back.
-        // SAFETY: gives free memory of the C library back.
         #[cfg(target_env = "gnu")]
+        // SAFETY: gives free memory of the C library back.
         unsafe {
             libc::malloc_trim(0);
         }

@@ -101,6 +101,7 @@ impl Here {
             pool: false,
             netns: None,
             resolv_conf: String::new(),
+            disks: Vec::new(),
         };
         change(&mut spec);
         Sandbox::boot(&self.paths, dir, &Kvm, spec, &Timeline::new()).await
