@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 log=$(mktemp)
 beside=$(mktemp)
 trap 'rm -f "$log" "$beside"' EXIT
+# What runs in the background does not hear of ^C.
+trap 'trap - TERM; kill 0' INT TERM
 
 make --no-print-directory lint 2>&1 | tee -a "$log"
 lint=${PIPESTATUS[0]}

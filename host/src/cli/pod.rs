@@ -50,8 +50,20 @@ pub async fn boot(
     id: &str,
     pod: bool,
     machine: &MachineArgs,
-    disks: Vec<Disk>,
     timeline: &Timeline,
+) -> Result<Sandbox, Error> {
+    boot_with_disks(context, config, id, pod, machine, timeline, Vec::new()).await
+}
+
+/// As [`boot`], with disks that nobody's command line asks for.
+pub async fn boot_with_disks(
+    context: &Context,
+    config: &Config,
+    id: &str,
+    pod: bool,
+    machine: &MachineArgs,
+    timeline: &Timeline,
+    disks: Vec<Disk>,
 ) -> Result<Sandbox, Error> {
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
     let hypervisor =
@@ -127,19 +139,7 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     let mut term =
         signal(SignalKind::terminate()).map_err(|e| Error::host("watching for signals", e))?;
     let timeline = Timeline::new();
-    let sandbox = {
-        let disks = Vec::new();
-        boot(
-            context,
-            &config,
-            &args.id,
-            true,
-            &args.machine,
-            disks,
-            &timeline,
-        )
-        .await?
-    };
+    let sandbox = boot(context, &config, &args.id, true, &args.machine, &timeline).await?;
     background::report_ready();
     tokio::select! {
         _ = term.recv() => sandbox.stop().await?,

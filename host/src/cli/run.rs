@@ -122,10 +122,7 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     timeline.mark("image-ready");
     let sandbox = match &args.pod {
         Some(pod) => pod::join(context, pod, &args.machine).await?,
-        None => {
-            let disks = Vec::new();
-            pod::boot(context, &config, id, false, &args.machine, disks, &timeline).await?
-        }
+        None => pod::boot(context, &config, id, false, &args.machine, &timeline).await?,
     };
     cleanup.dir = Some(sandbox.dir().clone());
     let container = Container {

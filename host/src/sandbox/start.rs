@@ -123,11 +123,14 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// An idle clone of it. Those of the pool have no network interfaces and no added memory.
+    /// An idle clone of it. Those of the pool have no network interfaces, no disks and no added memory.
     pub(super) fn claim(&self, paths: &Paths, spec: &SandboxSpec) -> Option<Claimed> {
         match self {
             Self::Template(key, shape, _)
-                if spec.pool && spec.netns.is_none() && spec.memory_bytes == shape.memory_bytes =>
+                if spec.pool
+                    && spec.netns.is_none()
+                    && spec.disks.is_empty()
+                    && spec.memory_bytes == shape.memory_bytes =>
             {
                 pool::claim(paths, key)
             }

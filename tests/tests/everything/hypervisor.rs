@@ -55,13 +55,21 @@ fn the_clock_is_the_hosts() {
 #[test]
 fn what_is_measured_arrives_intact() {
     let Some(host) = host() else { return };
-    for what in ["stdio", "fs", "block", "net", "vsock"] {
+    for (what, compares) in [
+        ("stdio", true),
+        ("fs", true),
+        ("block", true),
+        ("net", false),
+        ("vsock", false),
+    ] {
         let said = host
             .cella(&["bench", what, "--mib", "1", "--json"])
             .expect_status(0);
         let figures: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
         assert_eq!(figures["mib"], 1, "{what}: {said:?}");
-        assert_ne!(figures["intact"], false, "{what}: {said:?}");
+        if compares {
+            assert_eq!(figures["intact"], true, "{what}: {said:?}");
+        }
     }
     host.assert_clean();
 }

@@ -1,7 +1,7 @@
 //! A disk of the guest's, as a container that may use it has it.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxDeviceCgroup, Spec};
 use rustix::fs::{Mode, OFlags};
@@ -34,9 +34,9 @@ pub async fn block(context: &Context, options: &Options, mib: u32) -> Result<Val
         read_only: false,
     };
     let sandbox = sandbox_with(context, options, vec![disk], &Timeline::new()).await?;
-    // The second step is what those after it have in common: a program's start.
+    // The second step is what the others have in common: a program's start.
     let script = format!(
-        "cd /bin && busybox mknod /dev/disk b $(busybox sed 's/:/ /' /sys/block/vda/dev) && echo || exit
+        "cd /bin && ./busybox mknod /dev/disk b $(./busybox sed 's/:/ /' /sys/block/vda/dev) && echo || exit
         ./busybox dd if=/dev/disk of=/dev/null bs=1M || exit; echo
         ./busybox dd if=/dev/null of=/dev/null || exit; echo
         ./busybox dd if=/dev/disk of=/dev/null bs=4k count={READS} iflag=direct || exit; echo
@@ -81,7 +81,7 @@ fn allow_disks(spec: &mut Spec) {
 
 /// What the guest wrote is what is there.
 fn is_zero(mut image: File) -> io::Result<bool> {
-    io::Seek::rewind(&mut image)?;
+    image.rewind()?;
     let mut piece = vec![0; 1 << 20];
     loop {
         let len = image.read(&mut piece)?;

@@ -148,14 +148,6 @@ async fn sandbox_with(
         ..Config::load(&context.paths)?
     };
     let id = format!("bench-{}", record::new_id()?);
-    pod::boot(
-        context,
-        &config,
-        &id,
-        false,
-        &options.machine,
-        disks,
-        timeline,
-    )
-    .await
+    let machine = &options.machine;
+    pod::boot_with_disks(context, &config, &id, false, machine, timeline, disks).await
 }

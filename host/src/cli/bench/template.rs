@@ -44,8 +44,7 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
         let id = format!("bench-{}", record::new_id()?);
         let (own, begin) = (own_cpu(), Instant::now());
         let timeline = Timeline::new();
-        let sandbox =
-            pod::boot(context, &config, &id, false, machine, Vec::new(), &timeline).await?;
+        let sandbox = pod::boot(context, &config, &id, false, machine, &timeline).await?;
         times.push(begin.elapsed().as_secs_f64() * 1e3);
         if sandbox.template_use() != Some(&TemplateUse::Cloned) {
             return Err(Error::usage("the sandbox was booted, not cloned"));
@@ -74,16 +73,7 @@ async fn first_output(context: &Context, config: &Config, options: &Options) -> 
     let action = "waiting for a container's first output";
     let id = format!("bench-{}", record::new_id()?);
     let (begin, timeline) = (Instant::now(), Timeline::new());
-    let sandbox = pod::boot(
-        context,
-        config,
-        &id,
-        false,
-        &options.machine,
-        Vec::new(),
-        &timeline,
-    )
-    .await?;
+    let sandbox = pod::boot(context, config, &id, false, &options.machine, &timeline).await?;
     let command = ["/bin/busybox", "echo", "first"];
     let streams = container::container(&sandbox, "c", options, &command).await?;
     sandbox.start("c", "").await?;
