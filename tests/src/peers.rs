@@ -10,6 +10,8 @@ pub const SOURCE: u32 = 7003;
 pub const REPORT: u32 = 7004;
 /// The tag of the shared directory.
 pub const TAG: &str = "share";
+/// A directory in it that the guest may write to.
+pub const WRITTEN: &str = "written";
 /// MiB of each file and stream.
 pub const MIB: usize = 64;
 /// Files that are looked up.

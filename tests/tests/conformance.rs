@@ -58,7 +58,7 @@ fn failures(specs: &[Spec]) -> Vec<String> {
 
 /// Runs a part of critest, which must pass; says what skipped itself.
 fn passes(daemon: &Containerd, binaries: &std::path::Path, handler: &str, focus: Option<&str>) {
-    let kinds = ["vm", "machine", "busy"];
+    let kinds = ["vm", "machine"];
     let patterns: Vec<_> = kinds.into_iter().flat_map(conformance::not_run).collect();
     let mut options = vec![format!("-ginkgo.skip={}", alternatives(&patterns))];
     match focus {

@@ -10,6 +10,7 @@
 //! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`], [`idmap`] | what containers see of the host, and as whose |
+//! | `vmm_mounts` | mounting where only the VMM sees it |
 //! | [`gc`] | what dead processes left |
 
 pub mod agent;
@@ -22,6 +23,7 @@ pub mod idmap;
 mod start;
 pub mod state;
 pub mod stdio;
+mod vmm_mounts;
 pub mod volume;
 
 use std::collections::HashMap;

@@ -1,7 +1,8 @@
 //! What is written down of sandboxes and containers, for whoever comes after the process that made them.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -52,16 +53,26 @@ impl ProcessId {
         Self::of(self.pid) == Some(*self)
     }
 
+    /// A descriptor of it, which is never another process's.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        let gone = || io::Error::from(rustix::io::Errno::SRCH);
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        // The descriptor pins the process before its identity is checked.
+        let pidfd = rustix::process::pidfd_open(pid.ok_or_else(gone)?, PidfdFlags::empty())?;
+        if self.is_alive() {
+            Ok(pidfd)
+        } else {
+            Err(gone())
+        }
+    }
+
     /// Sends `signal`, if it still exists; says whether it did.
     pub fn signal(&self, signal: Signal) -> bool {
-        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
-            return false;
-        };
-        // The pidfd pins the process before its identity is checked.
-        let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
-            return false;
-        };
-        self.is_alive() && rustix::process::pidfd_send_signal(&pidfd, signal).is_ok()
+        self.pidfd()
+            .is_ok_and(|pidfd| rustix::process::pidfd_send_signal(&pidfd, signal).is_ok())
     }
 
     /// Kills it, if it still exists; says whether it did.

@@ -1,4 +1,5 @@
-//! What a container sees of the host: directories and files, bound into the sandbox's shared directory.
+//! What a container sees of the host: directories and files, bound into the sandbox's shared directory, in the VMM's
+//! mount namespace alone: a mount of the host's would keep the host's own tools from removing what lies below it.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,14 +14,16 @@ use super::GUEST_SHARE;
 use super::dir::{SandboxDir, mounts_below};
 use super::error::Error;
 use super::idmap::IdMap;
+use super::vmm_mounts;
 use crate::error::ErrorKind;
+use crate::paths::canonical;
 
 /// The most volumes of one container.
 const MAX_VOLUMES: usize = 1024;
 
 /// Makes a container's spec the guest's: binds every host path that it names under the container's shared directory,
 /// and puts the guest's path in its place. The root file system is at `rootfs` there already, or is to be mounted.
-/// What the guest has itself, `in_guest` says: that path is bound instead.
+/// What the guest has itself, `guests_own` says: that path is bound instead. The sandbox's VMM lives.
 ///
 /// # Errors
 /// `InvalidArgument`: a source does not exist, or there are too many.
@@ -40,6 +43,7 @@ pub fn share(
         .as_mut()
         .map_or(&mut [][..], Vec::as_mut_slice);
     let binds = mounts.iter_mut().filter(|mount| is_bind(mount));
+    let mut trees = Vec::new();
     for (index, mount) in binds.enumerate() {
         if index >= MAX_VOLUMES {
             return Err(Error::state(
@@ -64,20 +68,25 @@ pub fn share(
             follow: has_option(mount, "rslave") || has_option(mount, "slave"),
             mapped_by: namespace.as_ref().map(AsFd::as_fd),
         };
-        let target = on_host.join(&place);
-        bind(&source, &target, bound)?;
+        trees.push((copy(&source, &on_host.join(&place), bound)?, place.clone()));
         if bound.read_only && !bound.recursive {
-            leave_read_only_to_host(mount, &target, bound.follow)?;
+            leave_read_only_to_host(mount, &source, bound.follow)?;
         }
         mount.set_source(Some(in_guest.join(&place)));
     }
-    Ok(())
+    if trees.is_empty() {
+        return Ok(());
+    }
+    let vmm = dir.read_state()?.vmm;
+    vmm_mounts::attach(vmm, id, trees)
+        .map_err(|e| Error::host(format!("mounting the volumes of container {id}"), e))
 }
 
 /// What is mounted below a read-only volume may be written to. The guest has one file system of it all, which it could make
 /// read-only as a whole only: the host alone does it then.
-fn leave_read_only_to_host(mount: &mut Mount, target: &Path, follow: bool) -> Result<(), Error> {
-    if !follow && mounts_below(target)?.len() <= 1 {
+fn leave_read_only_to_host(mount: &mut Mount, source: &Path, follow: bool) -> Result<(), Error> {
+    let source = canonical(source);
+    if !follow && mounts_below(&source)?.iter().all(|at| *at == source) {
         return Ok(());
     }
     let options = mount.options().clone().unwrap_or_default();
@@ -143,13 +152,25 @@ pub struct Bound<'a> {
     pub mapped_by: Option<BorrowedFd<'a>>,
 }
 
-/// Binds `source`, a directory or a file, at `target`, which is made. Read-only is enforced here too: the guest is
-/// not trusted to keep it.
+/// Binds `source`, a directory or a file, at `target`, which is made, in the calling process's mount namespace.
 ///
 /// # Errors
 /// `InvalidArgument`: the source does not exist.
 pub fn bind(source: &Path, target: &Path, how: Bound<'_>) -> Result<(), Error> {
-    let action = || format!("sharing {} with the guest", source.display());
+    let tree = copy(source, target, how)?;
+    let from_tree = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&tree, c"", CWD, target, from_tree)
+        .map_err(|e| Error::host(sharing(source), e))
+}
+
+fn sharing(source: &Path) -> String {
+    format!("sharing {} with the guest", source.display())
+}
+
+/// A detached copy of the mounts at `source`, a directory or a file, for `target`, which is made. Read-only is enforced
+/// here too: the guest is not trusted to keep it.
+fn copy(source: &Path, target: &Path, how: Bound<'_>) -> Result<OwnedFd, Error> {
+    let action = || sharing(source);
     let host = |e: std::io::Error| Error::host(action(), e);
     let meta = fs::metadata(source)
         .map_err(|e| Error::state(ErrorKind::InvalidArgument, format!("{}: {e}", action())))?;
@@ -160,8 +181,7 @@ pub fn bind(source: &Path, target: &Path, how: Bound<'_>) -> Result<(), Error> {
     } else {
         File::create_new(target).map_err(host)?;
     }
-    // Attached whole: what reaches the VMM's jail by propagation is a copy made at that moment, which no later
-    // remount would change.
+    // Complete before it is attached: a guest that sees a mount sees it as it is to be.
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -191,8 +211,7 @@ pub fn bind(source: &Path, target: &Path, how: Bound<'_>) -> Result<(), Error> {
     if let Some(namespace) = how.mapped_by {
         map_ids(&tree, namespace).map_err(host)?;
     }
-    let from_tree = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(&tree, c"", CWD, target, from_tree).map_err(|e| host(e.into()))
+    Ok(tree)
 }
 
 /// Has the owners on the top mount of a detached tree seen through the maps of a user namespace.

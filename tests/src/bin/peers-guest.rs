@@ -14,7 +14,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Instant;
 
 use cella_tests::peers::{
-    ECHO, FILES, MESSAGE, MIB, REPORT, ROUND_TRIPS, ROUNDS, SINK, SOURCE, TAG, large,
+    ECHO, FILES, MESSAGE, MIB, REPORT, ROUND_TRIPS, ROUNDS, SINK, SOURCE, TAG, WRITTEN, large,
 };
 
 /// Bytes written at once. A stock vhost-device-vsock takes no packet of several pieces, which larger ones become.
@@ -168,7 +168,7 @@ fn read(round: usize) -> io::Result<f64> {
 
 fn write(round: usize) -> io::Result<f64> {
     let piece = vec![0x5a; 1 << 20];
-    let mut file = File::create(format!("{SHARE}/written-{round}"))?;
+    let mut file = File::create(format!("{SHARE}/{WRITTEN}/{round}"))?;
     let begin = Instant::now();
     for _ in 0..MIB {
         file.write_all(&piece)?;

@@ -18,7 +18,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
-use cella_tests::peers::{ECHO, FILES, MESSAGE, MIB, REPORT, ROUNDS, SINK, SOURCE, TAG, large};
+use cella_tests::peers::{
+    ECHO, FILES, MESSAGE, MIB, REPORT, ROUNDS, SINK, SOURCE, TAG, WRITTEN, large,
+};
 use cella_tests::{Host, libexec};
 use serde_json::json;
 
@@ -92,12 +94,24 @@ fn with_ours(image: &Path) -> String {
     let mut cella = Kill(command.stdout(Stdio::null()).spawn().unwrap());
     let dir = host.path("run/peers");
     let deadline = Instant::now() + LIMIT;
-    while !dir.join("sockets").exists() {
+    let share = dir.join("share");
+    let is_mounted = || {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        table.contains(share.to_str().unwrap())
+    };
+    while !is_mounted() {
         assert!(Instant::now() < deadline, "cella makes no sandbox");
         std::thread::sleep(Duration::from_millis(1));
     }
     let listeners = listen(|port| dir.join("sockets").join(port.to_string()));
-    fill(&dir.join("share"));
+    fill(&share);
+    // The shared directory itself is read-only to the guest.
+    let written = share.join(WRITTEN);
+    let mounted = Command::new("mount")
+        .arg("--bind")
+        .args([&written; 2])
+        .status();
+    assert!(mounted.unwrap().success());
     let report = serve(listeners);
     let report = report.recv_timeout(LIMIT).expect("a report");
     let _ = cella.0.wait();
@@ -181,6 +195,7 @@ fn start(command: &mut Command) -> Kill {
 
 /// What the guest finds in the shared directory.
 fn fill(share: &Path) {
+    fs::create_dir(share.join(WRITTEN)).unwrap();
     let content = vec![0x5a; MIB << 20];
     for round in 0..ROUNDS {
         let files = share.join(format!("files-{round}"));

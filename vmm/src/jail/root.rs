@@ -30,6 +30,13 @@ const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::M
 pub(super) fn build(jail: &Jail) -> Result<File, JailError> {
     keep_mounts_here()?;
     let share = tree(jail.share.as_deref(), HARMLESS, libc::MS_SLAVE)?;
+    if let Some(share) = &share {
+        // What lies in it is mounted there. Itself it is the host's, which trusts the names that it has made there.
+        let flags = libc::AT_EMPTY_PATH;
+        let read_only = libc::MOUNT_ATTR_RDONLY;
+        set_attributes(share.as_fd(), c"", flags, read_only, 0)
+            .doing("making the shared directory read-only")?;
+    }
     let read_only = HARMLESS | libc::MOUNT_ATTR_RDONLY;
     let sockets = tree(jail.sockets.as_deref(), read_only, libc::MS_PRIVATE)?;
     let smaps = File::open("/proc/self/smaps").doing("opening /proc/self/smaps")?;

@@ -24,19 +24,19 @@ pub fn as_users() {
         call(unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) }).unwrap();
     };
     as_user(1000, 1001);
-    say("create as 1000", fs::write("/share/of-1000", "hello"));
+    say("create as 1000", fs::write("/share/files/of-1000", "hello"));
     // The guest's kernel has checked; the server does not know the user's other groups.
     say(
         "create in a foreign directory",
-        fs::write("/share/private/of-1000", "hello"),
+        fs::write("/share/files/private/of-1000", "hello"),
     );
     as_user(0, 0);
-    say("create as 0", fs::write("/share/of-0", "hello"));
+    say("create as 0", fs::write("/share/files/of-0", "hello"));
     say(
         "chown",
         rustix::fs::chownat(
             CWD,
-            "/share/of-0",
+            "/share/files/of-0",
             Some(rustix::fs::Uid::from_raw(3)),
             Some(rustix::fs::Gid::from_raw(4)),
             rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
@@ -44,22 +44,25 @@ pub fn as_users() {
         .map_err(io::Error::from),
     );
     as_user(4_000_000_000, 0);
-    say("create as 4000000000", fs::write("/share/of-many", ""));
+    say(
+        "create as 4000000000",
+        fs::write("/share/files/of-many", ""),
+    );
     as_user(0, 0);
-    rustix::fs::mkdirat(CWD, "/share/d", Mode::RWXU).unwrap();
+    rustix::fs::mkdirat(CWD, "/share/files/d", Mode::RWXU).unwrap();
     say("rename", move_into_directory());
     // Revision 2, effective, CAP_NET_RAW: what installing ping does.
     let capability = [
         1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
     ];
     let set = rustix::fs::setxattr(
-        "/share/of-1000",
+        "/share/files/of-1000",
         "security.capability",
         &capability,
         rustix::fs::XattrFlags::empty(),
     );
     say("file capability", set.map_err(io::Error::from));
-    let own = fs::File::open("/share/of-0").unwrap();
+    let own = fs::File::open("/share/files/of-0").unwrap();
     say(
         "reopen by descriptor",
         open(&format!("/proc/self/fd/{}", own.as_raw_fd())),
@@ -68,7 +71,7 @@ pub fn as_users() {
 
 /// As the server does it; std and rustix use older calls.
 fn move_into_directory() -> io::Result<()> {
-    let (from, to) = (c"/share/of-many", c"/share/d/of-many");
+    let (from, to) = (c"/share/files/of-many", c"/share/files/d/of-many");
     // SAFETY: both paths are terminated.
     call(unsafe {
         libc::syscall(
@@ -85,21 +88,34 @@ fn move_into_directory() -> io::Result<()> {
 /// Ways out of the shared directory.
 pub fn escape() {
     say("..", fs::write("/share/../escaped", ""));
-    say("../..", fs::write("/share/d/../../escaped", ""));
-    say("absolute symbolic link", fs::write("/share/to-passwd", ""));
+    say("../..", fs::write("/share/files/d/../../escaped", ""));
+    say(
+        "absolute symbolic link",
+        fs::write("/share/files/to-passwd", ""),
+    );
     say(
         "relative symbolic link",
-        fs::write("/share/up/etc/passwd", ""),
+        fs::write("/share/files/up/etc/passwd", ""),
     );
     say("vsock", fs::write("/vsock/escaped", ""));
+    // Names that the host will make and trust.
+    let next = "/share/next";
+    say(
+        "a name of the host's",
+        rustix::fs::mkdirat(CWD, next, Mode::RWXU).map_err(io::Error::from),
+    );
+    say(
+        "a link for the host",
+        rustix::fs::symlinkat("/etc", CWD, next).map_err(io::Error::from),
+    );
     say(
         "link",
-        fs::hard_link("/proc/self/mountinfo", "/share/linked"),
+        fs::hard_link("/proc/self/mountinfo", "/share/files/linked"),
     );
     let device = rustix::fs::makedev(1, 3);
     let made = rustix::fs::mknodat(
         CWD,
-        "/share/null",
+        "/share/files/null",
         FileType::CharacterDevice,
         Mode::RUSR,
         device,
@@ -127,7 +143,7 @@ pub fn later_mount() {
 /// The real server, made as the device makes it: in main, before a thread is confined.
 pub fn server() -> PassthroughFs {
     let config = Config {
-        root_dir: "/share".to_owned(),
+        root_dir: "/share/files".to_owned(),
         cache_policy: CachePolicy::Auto,
         xattr: true,
         killpriv_v2: true,
@@ -202,14 +218,14 @@ fn requests_by_inode(server: &PassthroughFs, user: &Context, file: u64) {
 
 /// As the device does it: the server's own way needs `CAP_DAC_READ_SEARCH`.
 fn link_by_descriptor() -> io::Result<()> {
-    let served = rustix::fs::openat(CWD, "/share/served", OFlags::PATH, Mode::empty())?;
+    let served = rustix::fs::openat(CWD, "/share/files/served", OFlags::PATH, Mode::empty())?;
     let path = format!("/proc/self/fd/{}", served.as_raw_fd());
     let follow = AtFlags::SYMLINK_FOLLOW;
     Ok(rustix::fs::linkat(
         CWD,
         path,
         CWD,
-        "/share/directory/link",
+        "/share/files/directory/link",
         follow,
     )?)
 }

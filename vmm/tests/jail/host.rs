@@ -58,14 +58,22 @@ impl Directories {
         fs::set_permissions(this.sockets(), fs::Permissions::from_mode(0o711)).unwrap();
         rustix::mount::mount_bind(&share, &share).unwrap();
         rustix::mount::mount_change(&share, MountPropagationFlags::SHARED).unwrap();
-        fs::write(share.join("secret"), "of the guest").unwrap();
-        fs::create_dir(share.join("private")).unwrap();
-        chown(share.join("private"), Some(77), Some(77)).unwrap();
-        fs::set_permissions(share.join("private"), fs::Permissions::from_mode(0o700)).unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", share.join("to-passwd")).unwrap();
-        std::os::unix::fs::symlink("../../../../..", share.join("up")).unwrap();
-        fs::copy("/bin/true", share.join("program")).unwrap();
+        let files = this.files();
+        fs::create_dir(&files).unwrap();
+        rustix::mount::mount_bind(&files, &files).unwrap();
+        fs::write(files.join("secret"), "of the guest").unwrap();
+        fs::create_dir(files.join("private")).unwrap();
+        chown(files.join("private"), Some(77), Some(77)).unwrap();
+        fs::set_permissions(files.join("private"), fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", files.join("to-passwd")).unwrap();
+        std::os::unix::fs::symlink("../../../../../..", files.join("up")).unwrap();
+        fs::copy("/bin/true", files.join("program")).unwrap();
         this
+    }
+
+    /// What is mounted in the shared directory, as a container's root file system is.
+    pub fn files(&self) -> PathBuf {
+        self.share().join("files")
     }
 
     pub fn share(&self) -> PathBuf {

@@ -149,7 +149,7 @@ fn walls_of_files() {
         "/etc/passwd",
         "/share/../etc/passwd",
         "/share/../../../../etc/passwd",
-        "/share/to-passwd",
+        "/share/files/to-passwd",
         "/proc/self/fd/../../../etc/passwd",
         "/proc/self/root/etc/passwd",
         "/proc/1/status",
@@ -174,10 +174,13 @@ fn walls_of_files() {
     };
     say(
         "mknod character",
-        device("/share/null", FileType::CharacterDevice),
+        device("/share/files/null", FileType::CharacterDevice),
     );
-    say("mknod block", device("/share/disk", FileType::BlockDevice));
-    say("open the device in /share", open("/share/device"));
+    say(
+        "mknod block",
+        device("/share/files/disk", FileType::BlockDevice),
+    );
+    say("open the device in /share", open("/share/files/device"));
     say("open by handle", open_by_handle());
     say(
         "chroot",
@@ -389,7 +392,7 @@ fn forbidden_call(what: &str) {
     let (number, arguments): (libc::c_long, [libc::c_long; 4]) = match what {
         "execve" => (
             libc::SYS_execve,
-            [c"/share/program".as_ptr() as libc::c_long, 0, 0, 0],
+            [c"/share/files/program".as_ptr() as libc::c_long, 0, 0, 0],
         ),
         "inet" => (
             libc::SYS_socket,
@@ -417,7 +420,7 @@ fn forbidden_call(what: &str) {
             let at = libc::c_long::from(libc::AT_FDCWD);
             (
                 libc::SYS_openat,
-                [at, c"/share/secret".as_ptr() as libc::c_long, 0, 0],
+                [at, c"/share/files/secret".as_ptr() as libc::c_long, 0, 0],
             )
         }
         "handle" => (libc::SYS_open_by_handle_at, [0, 0, 0, 0]),

@@ -73,7 +73,7 @@ const WALLS: &[(&str, &[i32])] = &[
     ("open /etc/passwd", &[libc::ENOENT]),
     ("open /share/../etc/passwd", &[libc::ENOENT]),
     ("open /share/../../../../etc/passwd", &[libc::ENOENT]),
-    ("open /share/to-passwd", &[libc::ENOENT]),
+    ("open /share/files/to-passwd", &[libc::ENOENT]),
     ("open /proc/self/fd/../../../etc/passwd", &[libc::ENOENT]),
     ("open /proc/self/root/etc/passwd", &[libc::ENOENT]),
     ("open /proc/1/status", &[libc::ENOENT]),
@@ -113,7 +113,7 @@ fn the_host_is_out_of_reach_even_without_seccomp() {
     );
     rustix::fs::mknodat(
         rustix::fs::CWD,
-        directories.share().join("device"),
+        directories.files().join("device"),
         kind,
         mode,
         null,
@@ -228,7 +228,7 @@ fn check_status(status: &str) {
     );
 }
 
-/// `/`, `/share`, `/vsock` and the two of `/proc`, each as restricted as it can be.
+/// `/`, `/share` and what is mounted in it, `/vsock` and the two of `/proc`, each as restricted as it can be.
 fn check_mounts(mountinfo: &str) {
     let mut found = Vec::new();
     for line in mountinfo.lines() {
@@ -236,7 +236,7 @@ fn check_mounts(mountinfo: &str) {
         let (at, options) = (words[4], words[5]);
         found.push(at);
         let expected: &[&str] = match at {
-            "/share" => &["nosuid", "nodev", "noexec"],
+            "/share/files" => &["nosuid", "nodev", "noexec"],
             _ => &["ro", "nosuid", "nodev", "noexec"],
         };
         for option in expected {
@@ -246,7 +246,11 @@ fn check_mounts(mountinfo: &str) {
             !line.contains(" shared:"),
             "something would propagate to the host: {line}"
         );
-        assert_eq!(line.contains(" master:"), at == "/share", "{line}");
+        assert_eq!(
+            line.contains(" master:"),
+            at.starts_with("/share"),
+            "{line}"
+        );
     }
     found.sort_unstable();
     assert_eq!(
@@ -256,6 +260,7 @@ fn check_mounts(mountinfo: &str) {
             "/proc/self/fd",
             "/proc/self/mountinfo",
             "/share",
+            "/share/files",
             "/vsock"
         ]
     );
@@ -321,7 +326,7 @@ fn the_file_server_acts_as_the_guests_users() {
         assert_eq!(result, "ok", "{name}");
     }
     let owner = |name: &str| {
-        let metadata = fs::metadata(directories.share().join(name)).unwrap();
+        let metadata = fs::metadata(directories.files().join(name)).unwrap();
         (metadata.uid(), metadata.gid())
     };
     assert_eq!(owner("of-1000"), (1000, 1001));
@@ -338,7 +343,7 @@ fn every_request_of_the_file_server_passes_its_filter() {
     for (name, result) in results {
         assert_eq!(result, "ok", "{name}");
     }
-    let link = fs::metadata(directories.share().join("directory/link")).unwrap();
+    let link = fs::metadata(directories.files().join("directory/link")).unwrap();
     assert_eq!((link.uid(), link.gid(), link.len()), (7, 8, 5));
 }
 
@@ -346,12 +351,15 @@ fn the_file_server_stays_in_its_directory() {
     let directories = Directories::new();
     let passwd = fs::read("/etc/passwd").unwrap();
     let results = results(&run("escape-share", &directories.orders()));
-    assert_eq!(results.len(), 8, "{results:?}");
+    assert_eq!(results.len(), 10, "{results:?}");
     for (name, result) in &results {
         assert_ne!(result, "ok", "{name}");
     }
     assert_eq!(results["raise"], libc::EPERM.to_string());
     assert_eq!(results["device"], libc::EPERM.to_string());
+    for name in ["a name of the host's", "a link for the host"] {
+        assert_eq!(results[name], libc::EROFS.to_string(), "{name}");
+    }
     assert_eq!(fs::read("/etc/passwd").unwrap(), passwd);
 }
 

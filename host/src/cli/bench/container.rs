@@ -57,14 +57,14 @@ pub(super) fn process(command: &[&str]) -> Process {
     process
 }
 
-/// A root file system with busybox alone, in the sandbox's shared directory under `id`.
+/// A root file system with busybox alone, mounted in the sandbox's shared directory under `id`.
 fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Error> {
-    let rootfs = rootfs(sandbox, id);
+    let files = sandbox.dir().path().join(format!("rootfs-{id}"));
     let copy = || {
         for dir in ["bin", "proc", "dev", "sys", "tmp"] {
-            fs::create_dir_all(rootfs.join(dir))?;
+            fs::create_dir_all(files.join(dir))?;
         }
-        fs::copy(busybox, rootfs.join("bin/busybox")).map(drop)
+        fs::copy(busybox, files.join("bin/busybox")).map(drop)
     };
     copy().map_err(|e| {
         Error::host(
@@ -74,5 +74,7 @@ fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Err
             ),
             e,
         )
-    })
+    })?;
+    let rootfs = rootfs(sandbox, id);
+    Ok(volume::bind(&files, &rootfs, volume::Bound::default())?)
 }
