@@ -291,6 +291,16 @@ impl agent_ttrpc::Agent for Service {
         Ok(self.0.container_stats(&request.container_id)?)
     }
 
+    async fn renew(&self, _: &TtrpcContext, request: proto::RenewRequest) -> Reply<Empty> {
+        crate::sandbox::renew(&request).map_err(Error::from)?;
+        Ok(Empty::new())
+    }
+
+    async fn attach(&self, _: &TtrpcContext, request: proto::AttachRequest) -> Reply<Empty> {
+        self.0.attach(&request).await?;
+        Ok(Empty::new())
+    }
+
     async fn info(&self, _: &TtrpcContext, _: Empty) -> Reply<proto::InfoResponse> {
         self.0.prepare()?;
         Ok(info::info()?)

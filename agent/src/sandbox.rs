@@ -6,7 +6,7 @@ use std::mem::size_of;
 use std::os::fd::AsRawFd;
 use std::path::{Component, Path, PathBuf};
 
-use cella_proto::agent::{Mount, SetUpSandboxRequest};
+use cella_proto::agent::{Mount, RenewRequest, SetUpSandboxRequest};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
 use rustix::time::{ClockId, Timespec};
@@ -98,6 +98,16 @@ pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error
         network::set_up(&request.interfaces, &request.routes, &request.neighbors)?;
     }
     Ok(())
+}
+
+/// What another guest that went on from the same snapshot must not have as well.
+///
+/// # Errors
+///
+/// The step that failed.
+pub fn renew(request: &RenewRequest) -> Result<(), Error> {
+    add_entropy(&request.entropy)?;
+    set_clock(request.clock_ns)
 }
 
 fn set_hostname(hostname: &str) -> Result<(), Error> {

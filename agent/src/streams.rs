@@ -20,8 +20,12 @@ use tokio::io::unix::AsyncFd;
 use crate::transport::{Connection, Transport};
 
 mod copy;
+mod line;
 #[cfg(test)]
 mod tests;
+
+use line::Line;
+pub use line::Replacements;
 
 /// Length of the token that names a stream to the host, by agent.proto.
 const TOKEN: usize = 16;
@@ -60,9 +64,9 @@ pub enum Error {
 /// The connections of one process's standard streams; `None` is /dev/null.
 #[derive(Debug, Default)]
 pub struct Streams {
-    stdin: Option<Connection>,
-    stdout: Option<Connection>,
-    stderr: Option<Connection>,
+    stdin: Option<Line>,
+    stdout: Option<Line>,
+    stderr: Option<Line>,
 }
 
 /// What a process without a terminal has as its standard input, output and error; `None` is /dev/null.
@@ -79,9 +83,9 @@ pub struct ProcessEnds {
 /// The agent's ends of a process's pipes, and the connections that they belong to.
 #[derive(Debug, Default)]
 pub struct Pipes {
-    stdin: Option<(Connection, AsyncFd<OwnedFd>)>,
-    stdout: Option<(AsyncFd<OwnedFd>, Connection)>,
-    stderr: Option<(AsyncFd<OwnedFd>, Connection)>,
+    stdin: Option<(Line, AsyncFd<OwnedFd>)>,
+    stdout: Option<(AsyncFd<OwnedFd>, Line)>,
+    stderr: Option<(AsyncFd<OwnedFd>, Line)>,
 }
 
 /// The controlling side of a process's terminal.
@@ -111,10 +115,23 @@ impl Streams {
             open(transport, "stderr", stdio.stderr.as_ref()),
         )?;
         Ok(Self {
-            stdin,
-            stdout,
-            stderr,
+            stdin: stdin.map(Line::new),
+            stdout: stdout.map(Line::new),
+            stderr: stderr.map(Line::new),
         })
+    }
+
+    /// How these streams get other connections later. Without it, they end with those that they have.
+    pub fn replacements(&mut self) -> Replacements {
+        Replacements::of([&mut self.stdin, &mut self.stdout, &mut self.stderr])
+    }
+
+    /// Puts these streams' connections in the places of others'.
+    pub async fn take_over(self, others: &Replacements) {
+        let connections = [self.stdin, self.stdout, self.stderr];
+        others
+            .replace(connections.map(|line| line.and_then(Line::into_connection)))
+            .await;
     }
 
     /// Pipes for a process without a terminal: the process's ends, and the agent's.
@@ -126,11 +143,11 @@ impl Streams {
         let mut pipes = Pipes::default();
         let stdin = match self.stdin {
             None => None,
-            Some(connection) => {
+            Some(line) => {
                 let (reader, writer) = pipe()?;
                 // A pipe whose reader is gone reports an error, whoever waits for what.
                 let writer = registered(writer, Interest::WRITABLE | Interest::ERROR)?;
-                pipes.stdin = Some((connection, writer));
+                pipes.stdin = Some((line, writer));
                 Some(reader)
             }
         };
@@ -159,8 +176,8 @@ impl Streams {
             source: source.into(),
         })?;
         let master = Arc::new(registered(master, Interest::READABLE | Interest::WRITABLE)?);
-        if let Some(connection) = self.stdin {
-            tokio::spawn(copy::into_terminal(connection, master.clone()));
+        if let Some(line) = self.stdin {
+            tokio::spawn(copy::into_terminal(line, master.clone()));
         }
         tokio::spawn(copy::out_of_terminal(master.clone(), self.stdout));
         Ok(Terminal(master))
@@ -170,11 +187,11 @@ impl Streams {
 impl Pipes {
     /// Starts to move the bytes. The process has its ends by now, and the agent has closed its copies of them.
     pub fn run(self) {
-        if let Some((connection, pipe)) = self.stdin {
-            tokio::spawn(copy::into_pipe(connection, pipe));
+        if let Some((line, pipe)) = self.stdin {
+            tokio::spawn(copy::into_pipe(line, pipe));
         }
-        for (pipe, connection) in [self.stdout, self.stderr].into_iter().flatten() {
-            tokio::spawn(copy::out_of_pipe(pipe, connection));
+        for (pipe, line) in [self.stdout, self.stderr].into_iter().flatten() {
+            tokio::spawn(copy::out_of_pipe(pipe, line));
         }
     }
 }
@@ -227,15 +244,15 @@ async fn open(
 }
 
 /// What a process writes to, and what the agent keeps of it.
-type Outgoing = (Option<OwnedFd>, Option<(AsyncFd<OwnedFd>, Connection)>);
+type Outgoing = (Option<OwnedFd>, Option<(AsyncFd<OwnedFd>, Line)>);
 
-fn outgoing(connection: Option<Connection>) -> Result<Outgoing, Error> {
-    let Some(connection) = connection else {
+fn outgoing(line: Option<Line>) -> Result<Outgoing, Error> {
+    let Some(line) = line else {
         return Ok((None, None));
     };
     let (reader, writer) = pipe()?;
     let reader = registered(reader, Interest::READABLE)?;
-    Ok((Some(writer), Some((reader, connection))))
+    Ok((Some(writer), Some((reader, line))))
 }
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {

@@ -45,12 +45,13 @@ impl Agent {
             .process()
             .as_ref()
             .is_some_and(|process| process.terminal().unwrap_or(false));
-        let streams = Streams::open(&self.options.transport, stdio, has_terminal)
+        let mut streams = Streams::open(&self.options.transport, stdio, has_terminal)
             .await
             .map_err(|source| Error::Streams {
                 what: what(),
                 source,
             })?;
+        let replacements = streams.replacements();
         let (stdio, pending) = process_stdio(streams, has_terminal, size(stdio)?, &what)?;
         let shared = self.shared_namespaces(&spec, request.pod_pid_namespace)?;
         let runtime = self.prepare()?.runtime.clone();
@@ -73,7 +74,7 @@ impl Agent {
                 });
             }
         };
-        let container = Container::new(runtime, terminal);
+        let container = Container::new(runtime, terminal, replacements);
         reservation.fill(container.clone());
         let events = self.events.clone();
         tokio::spawn(async move {
@@ -82,6 +83,22 @@ impl Agent {
             }
         });
         Ok(pid)
+    }
+
+    /// Gives the streams of a container's init other connections.
+    pub(super) async fn attach(&self, request: &proto::AttachRequest) -> Result<(), Error> {
+        let id = &request.container_id;
+        let container = self.containers.get(id)?;
+        let terminal = container.lock().terminal.is_some();
+        let stdio = request.stdio.get_or_default();
+        let streams = Streams::open(&self.options.transport, stdio, terminal)
+            .await
+            .map_err(|source| Error::Streams {
+                what: format!("container {id:?}"),
+                source,
+            })?;
+        streams.take_over(&container.replacements).await;
+        Ok(())
     }
 
     /// Forgets a container and removes what it had. One that was never started is killed first.

@@ -13,7 +13,7 @@ use super::lock;
 use crate::container::{self, Birth};
 use crate::error::Error;
 use crate::events::Events;
-use crate::streams::{Streams, Terminal};
+use crate::streams::{Replacements, Streams, Terminal};
 
 /// Execs of one container on their way to `execve` at once.
 const EXECS: usize = 8;
@@ -35,6 +35,8 @@ pub(super) struct Container {
     /// Bounds the execs that are on their way to `execve`: a container that is slow to execute has so many of the
     /// agent's threads, and the next ones wait.
     pub(super) execs: Semaphore,
+    /// For the streams of the init.
+    pub(super) replacements: Replacements,
     state: Mutex<State>,
     /// Becomes true at the end of the init.
     ended: watch::Sender<bool>,
@@ -177,11 +179,16 @@ impl Drop for Reservation<'_> {
 }
 
 impl Container {
-    pub(super) fn new(runtime: Arc<container::Container>, terminal: Option<Terminal>) -> Arc<Self> {
+    pub(super) fn new(
+        runtime: Arc<container::Container>,
+        terminal: Option<Terminal>,
+        replacements: Replacements,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id: runtime.id().to_owned(),
             runtime,
             execs: Semaphore::new(EXECS),
+            replacements,
             state: Mutex::new(State {
                 terminal,
                 exit: None,

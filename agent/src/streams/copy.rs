@@ -12,6 +12,7 @@ use rustix::pipe::SpliceFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::line::Line;
 use crate::transport::Connection;
 
 /// Bytes moved by one splice at most: what a pipe holds, and one vsock packet.
@@ -22,10 +23,12 @@ pub(super) const TERMINAL_BUFFER: usize = 4096;
 const MOVES: u32 = 8;
 
 /// From the host to the process's standard input, until either closes it.
-pub(super) async fn into_pipe(connection: Connection, pipe: AsyncFd<OwnedFd>) {
+pub(super) async fn into_pipe(mut line: Line, pipe: AsyncFd<OwnedFd>) {
+    let into = &pipe;
+    let carry = |from: Arc<Connection>| async move { splice_all(from.socket(), into).await };
     tokio::select! {
         // Both ends close here; the process reads to the end of what the pipe holds.
-        _ = splice_all(connection.socket(), &pipe) => {}
+        _ = line.carry(carry) => {}
         // Nobody is left who could read: the host need not keep the stream.
         _ = pipe.ready(Interest::ERROR) => {}
     }
@@ -33,43 +36,61 @@ pub(super) async fn into_pipe(connection: Connection, pipe: AsyncFd<OwnedFd>) {
 
 /// From the process's standard output or error to the host, until the last writer is gone and the host has read
 /// it all.
-pub(super) async fn out_of_pipe(pipe: AsyncFd<OwnedFd>, connection: Connection) {
-    if splice_all(&pipe, connection.socket()).await.is_ok() {
+pub(super) async fn out_of_pipe(pipe: AsyncFd<OwnedFd>, mut line: Line) {
+    let from = &pipe;
+    let carry = |into: Arc<Connection>| async move { splice_all(from, into.socket()).await };
+    if line.carry(carry).await.is_ok() {
         drop(pipe);
-        finish(&connection).await;
+        finish(line.connection()).await;
     }
 }
 
 /// From the host to the terminal. The end of the host's input says nothing to a terminal.
-pub(super) async fn into_terminal(connection: Connection, master: Arc<AsyncFd<OwnedFd>>) {
-    let mut buffer = [0u8; TERMINAL_BUFFER];
-    while let Ok(length @ 1..) = receive(&connection, &mut buffer).await {
-        let input = buffer.get(..length).unwrap_or_default();
-        if write_all(&master, input).await.is_err() {
-            return;
+pub(super) async fn into_terminal(mut line: Line, master: Arc<AsyncFd<OwnedFd>>) {
+    let terminal = &master;
+    let carry = |from: Arc<Connection>| async move {
+        let mut buffer = [0u8; TERMINAL_BUFFER];
+        loop {
+            match receive(&from, &mut buffer).await? {
+                0 => return Ok(()),
+                length => write_all(terminal, buffer.get(..length).unwrap_or_default()).await?,
+            }
         }
-    }
+    };
+    // Whichever way it ends, it is the stream's end.
+    let _ = line.carry(carry).await;
 }
 
 /// From the terminal to the host, until the last process has closed the terminal and the host has read it all. A host
 /// that has closed the connection, or never wanted it, does not stop the processes: their output is dropped.
-pub(super) async fn out_of_terminal(
-    master: Arc<AsyncFd<OwnedFd>>,
-    mut connection: Option<Connection>,
-) {
-    let mut buffer = [0u8; TERMINAL_BUFFER];
-    // The kernel reports the hangup of a terminal as EIO, once its output is read.
-    while let Ok(length @ 1..) = read(&master, &mut buffer).await {
-        let output = buffer.get(..length).unwrap_or_default();
-        if let Some(open) = &connection
-            && open.send_all(output).await.is_err()
-        {
-            connection = None;
+pub(super) async fn out_of_terminal(master: Arc<AsyncFd<OwnedFd>>, mut line: Option<Line>) {
+    let terminal = &master;
+    let carry = |into: Arc<Connection>| async move {
+        let mut buffer = [0u8; TERMINAL_BUFFER];
+        while let Some(output) = output(terminal, &mut buffer).await {
+            into.send_all(output).await?;
         }
+        Ok(())
+    };
+    if let Some(open) = &mut line
+        && open.carry(carry).await.is_err()
+    {
+        line = None;
     }
+    let mut buffer = [0u8; TERMINAL_BUFFER];
+    while output(&master, &mut buffer).await.is_some() {}
     drop(master);
-    if let Some(connection) = connection {
-        finish(&connection).await;
+    if let Some(line) = line {
+        finish(line.connection()).await;
+    }
+}
+
+/// What comes out of the terminal; nothing more comes after `None`. The kernel reports a terminal's hangup as EIO, once its
+/// output is read.
+async fn output<'a>(master: &AsyncFd<OwnedFd>, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
+    match read(master, buffer).await {
+        Ok(length @ 1..) => buffer.get(..length),
+        _ => None,
     }
 }
 

@@ -309,3 +309,89 @@ fn pty() -> (OwnedFd, OwnedFd) {
     let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
     (master, slave)
 }
+
+/// A process's pipes on a runtime that runs only when it is asked to.
+struct Replaced {
+    host: Host,
+    runtime: tokio::runtime::Runtime,
+    replacements: Replacements,
+    ends: ProcessEnds,
+}
+
+impl Replaced {
+    fn new(stdio: agent::Stdio) -> Self {
+        let host = Host::new();
+        let runtime = runtime();
+        let (replacements, ends) = runtime.block_on(async {
+            let streams = Streams::open(&host.transport(), &stdio, false).await;
+            let mut streams = streams.unwrap();
+            let replacements = streams.replacements();
+            let (ends, pipes) = streams.pipes().unwrap();
+            pipes.run();
+            (replacements, ends)
+        });
+        Self {
+            host,
+            runtime,
+            replacements,
+            ends,
+        }
+    }
+
+    fn rest(&self) {
+        let rest = async { tokio::time::sleep(Duration::from_millis(50)).await };
+        self.runtime.block_on(rest);
+    }
+
+    fn attach(&self, stdio: agent::Stdio) {
+        self.runtime.block_on(async {
+            let streams = Streams::open(&self.host.transport(), &stdio, false).await;
+            streams.unwrap().take_over(&self.replacements).await;
+        });
+        self.rest();
+    }
+}
+
+#[test]
+fn input_that_was_cut_goes_on_over_another_connection() {
+    let stdin = || agent::Stdio {
+        stdin: stream(1),
+        ..Default::default()
+    };
+    let mut process = Replaced::new(stdin());
+    // With its token unread: the connection is reset.
+    drop(process.host.listener.accept().unwrap());
+    process.rest();
+    process.attach(stdin());
+    let (_, mut input) = process.host.accept();
+    input.write_all(b"in").unwrap();
+    process.rest();
+    let mut stdin = File::from(process.ends.stdin.take().unwrap());
+    let mut read = [0; 2];
+    stdin.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"in");
+    process.attach(agent::Stdio::default());
+    assert_eq!(stdin.read(&mut read).unwrap(), 0, "none: the stream's end");
+}
+
+#[test]
+fn output_goes_on_over_another_connection() {
+    let stdout = || agent::Stdio {
+        stdout: stream(1),
+        ..Default::default()
+    };
+    let mut process = Replaced::new(stdout());
+    let mut stdout_of_process = File::from(process.ends.stdout.take().unwrap());
+    let (_, mut first) = process.host.accept();
+    stdout_of_process.write_all(b"one").unwrap();
+    process.rest();
+    process.attach(stdout());
+    let (_, mut second) = process.host.accept();
+    stdout_of_process.write_all(b"two").unwrap();
+    drop(stdout_of_process);
+    process.rest();
+    let mut text = String::new();
+    first.read_to_string(&mut text).unwrap();
+    second.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "onetwo");
+}
