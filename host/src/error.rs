@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// What sort of failure an error is: what a caller can do about it. Maps one to one to the ttrpc and
 /// gRPC status codes of the same names, so that a kind survives from where it arises to the door.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// What was named does not exist.

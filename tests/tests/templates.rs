@@ -17,3 +17,5 @@ mod faults;
 mod here;
 #[path = "templates/pool.rs"]
 mod pool;
+#[path = "templates/snapshots.rs"]
+mod snapshots;

@@ -46,18 +46,19 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     let exec = container::new_id()?;
     let (streams_for_agent, pending) =
         stdio::listen(&sandbox.dir().sockets(), wanted(args.interactive, args.tty))?;
-    let made = sandbox.exec(&args.id, &exec, &process, streams_for_agent);
+    let container = state.guest_id();
+    let made = sandbox.exec(container, &exec, &process, streams_for_agent);
     let ((), streams) = tokio::try_join!(made, pending.accept())?;
     let session = Session {
         sandbox: &sandbox,
-        container: &args.id,
+        container,
         exec: &exec,
         terminal: args.tty,
         output: Output::Own,
         timeline: None,
     };
     let exit = session.run(streams, |_pid| ()).await?;
-    sandbox.delete(&args.id, &exec).await?;
+    sandbox.delete(container, &exec).await?;
     Ok(u8::try_from(exit.exit_status).unwrap_or(super::EXIT_FAILURE))
 }
 

@@ -74,7 +74,7 @@ pub async fn kill(context: &Context, args: KillArgs) -> Result<u8, Error> {
     let state = running(&record)?;
     attach(context, &state)
         .await?
-        .signal(&args.id, "", number, false)
+        .signal(state.guest_id(), "", number, false)
         .await?;
     Ok(0)
 }
@@ -91,7 +91,7 @@ pub async fn rm(context: &Context, args: RmArgs) -> Result<u8, Error> {
                 });
             }
             let dir = SandboxDir::new(&context.paths, &state.sandbox)?;
-            dir.remove_container_files(&args.id)?;
+            dir.remove_container_files(state.guest_id())?;
             record.remove()?;
             Ok(0)
         }
@@ -135,12 +135,13 @@ async fn stop_container(
     }
     let sandbox = attach(context, &state).await?;
     let signal = spec::stop_signal(&record.read_spec()?)?;
-    sandbox.signal(record.id(), "", signal, false).await?;
+    let container = state.guest_id();
+    sandbox.signal(container, "", signal, false).await?;
     if ended(record, timeout).await {
         return Ok(());
     }
     let kill = libc::SIGKILL.unsigned_abs();
-    sandbox.signal(record.id(), "", kill, true).await?;
+    sandbox.signal(container, "", kill, true).await?;
     if ended(record, SETTLE).await {
         return Ok(());
     }

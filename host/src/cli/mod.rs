@@ -14,6 +14,7 @@ mod logs;
 mod pod;
 mod run;
 mod session;
+mod snapshot;
 mod source;
 mod stats;
 mod streams;
@@ -64,6 +65,7 @@ enum Command {
     Stats(stats::Args),
     Check(check::Args),
     Template(template::Args),
+    Snapshot(snapshot::Args),
     /// Remove whatever dead processes left behind, and say what it was
     #[command(after_help = "Example:\n  cella gc")]
     Gc,
@@ -82,6 +84,8 @@ enum Command {
     },
     #[command(name = "pod-owner", hide = true)]
     PodOwner(pod::Args),
+    #[command(name = "restored-owner", hide = true)]
+    RestoredOwner(snapshot::OwnerArgs),
 }
 
 /// Why the command failed.
@@ -221,6 +225,7 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
         Command::Logs(args) => logs::main(&context, &args),
         Command::Stats(args) => with_runtime(stats::main(&context, args)),
         Command::Template(args) => with_runtime(template::main(&context, args)),
+        Command::Snapshot(args) => with_runtime(snapshot::main(&context, args)),
         Command::Check(args) => check::main(&context, &args),
         Command::Gc => lifecycle::gc(&context),
         Command::Bench(args) => with_runtime(bench::main(&context, args)),
@@ -234,6 +239,7 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
             Ok(0)
         }
         Command::PodOwner(args) => with_runtime(pod::main(&context, args)),
+        Command::RestoredOwner(args) => with_runtime(snapshot::own(&context, args)),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::{Sandbox, SandboxSpec};
 use crate::size;
+use crate::snapshot::owner;
 use crate::template;
 use crate::timeline::Timeline;
 
@@ -147,6 +148,7 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
             tracing::info!("sandbox {} ended: {}", args.id, ended.message);
             sandbox.stop().await?;
         }
+        served = owner::serve(&context.paths, &sandbox) => served.map(drop)?,
     }
     Ok(0)
 }

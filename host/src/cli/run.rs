@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cella_proto::agent::Exit;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Mount, Spec};
 
 use super::session::{Session, wanted};
 use super::source::Source;
@@ -16,6 +16,7 @@ use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::state::{ContainerState, ProcessId, Status, now};
 use crate::sandbox::stdio::{self, Streams};
 use crate::sandbox::{Sandbox, volume};
+use crate::snapshot::owner;
 use crate::spec::SpecOptions;
 use crate::timeline::Timeline;
 
@@ -116,7 +117,7 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
     let volumes = volumes.collect::<Result<Vec<_>, _>>()?;
     let sandbox_id = args.pod.as_deref().unwrap_or(id);
     let mut cleanup = Cleanup::new(Record::create(&context.paths, id)?);
-    let state = state(args, id, sandbox_id);
+    let state = state(args, id, sandbox_id, volumes.clone());
     cleanup.record.write(&state)?;
     let source = Source::prepare(&context.paths, &args.image)?;
     timeline.mark("image-ready");
@@ -131,7 +132,14 @@ async fn run(context: &Context, args: &Args, id: &str) -> Result<u8, Error> {
         sandbox: &sandbox,
         record: &cleanup.record,
     };
-    let outcome = container.run(state, &source, volumes, &timeline).await;
+    let run = container.run(state, &source, volumes, &timeline);
+    let outcome = match sandbox.is_owned() {
+        true => tokio::select! {
+            outcome = run => outcome,
+            served = owner::serve(&context.paths, &sandbox) => served.map(|never| match never {})?,
+        },
+        false => run.await,
+    };
     if let Some(file) = &args.timeline {
         timeline
             .write(file)
@@ -157,12 +165,13 @@ impl Container<'_> {
         &self,
         mut state: ContainerState,
         source: &Source,
-        volumes: Vec<oci_spec::runtime::Mount>,
+        volumes: Vec<Mount>,
         timeline: &Arc<Timeline>,
     ) -> Result<Exit, Error> {
         let spec = self.spec(source, volumes)?;
         self.record.write_spec(&spec)?;
         let process = spec.process().as_ref();
+        state.layers = source.layers();
         state.command = process
             .and_then(|process| process.args().clone())
             .unwrap_or_default();
@@ -204,7 +213,7 @@ impl Container<'_> {
     }
 
     /// The container's OCI spec, with the guest's paths, its root file system and volumes in their places.
-    fn spec(&self, source: &Source, volumes: Vec<oci_spec::runtime::Mount>) -> Result<Spec, Error> {
+    fn spec(&self, source: &Source, volumes: Vec<Mount>) -> Result<Spec, Error> {
         let dir = self.sandbox.dir();
         let rootfs = dir.container_share(self.id).join("rootfs");
         let share = dir.container_share(self.id);
@@ -238,7 +247,7 @@ impl Container<'_> {
 }
 
 /// A container that is about to be made.
-fn state(args: &Args, id: &str, sandbox: &str) -> ContainerState {
+fn state(args: &Args, id: &str, sandbox: &str, volumes: Vec<Mount>) -> ContainerState {
     ContainerState {
         id: id.to_owned(),
         sandbox: sandbox.to_owned(),
@@ -246,6 +255,9 @@ fn state(args: &Args, id: &str, sandbox: &str) -> ContainerState {
         command: args.command.clone(),
         status: Status::Created,
         detached: args.detach,
+        in_guest: None,
+        layers: Vec::new(),
+        volumes,
         runner: ProcessId::own(),
         created: now(),
     }

@@ -85,6 +85,22 @@ impl Session<'_> {
     }
 }
 
+/// Takes the output of a container's first process, which runs already, to its end, and returns that.
+///
+/// # Errors
+/// Its sandbox is gone.
+pub async fn follow(
+    sandbox: &Sandbox,
+    container: &str,
+    streams: Streams,
+    output: &Output,
+) -> Result<Exit, Error> {
+    let pumps = Pumps::start(streams, output, None);
+    let exit = sandbox.wait(container, "").await?;
+    pumps.finish().await;
+    Ok(exit)
+}
+
 /// The signals that are passed on to the process.
 struct Signals(Vec<(i32, Signal)>);
 

@@ -33,6 +33,14 @@ impl Source {
         })
     }
 
+    /// The digests of an image's layers; none of a bundle.
+    pub fn layers(&self) -> Vec<String> {
+        match self {
+            Self::Image(image) => image.digests(),
+            Self::Bundle(_) => Vec::new(),
+        }
+    }
+
     /// Mounts the root file system at `target`, in a sandbox's share; what is written goes to `scratch`, but for a
     /// bundle's, which is used as it is.
     ///

@@ -23,7 +23,7 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     let record = Record::open(&context.paths, &args.id)?;
     let state = record.read()?;
     let sandbox = Sandbox::attach(SandboxDir::new(&context.paths, &state.sandbox)?).await?;
-    let stats = sandbox.stats(&args.id).await?;
+    let stats = sandbox.stats(state.guest_id()).await?;
     if args.json {
         let json = json!({
             "id": args.id,

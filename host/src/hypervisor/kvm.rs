@@ -31,7 +31,7 @@ impl Hypervisor for Kvm {
         let files = Files::open(&spec, guest_memory(spec.memory_bytes)?)?;
         let vm = process::spawn(&spec, &[], &[])?;
         let fds = files.descriptors(spec.console.as_ref(), &spec);
-        vm.start(configure(&spec), &fds).await?;
+        vm.boot(configure(&spec), &fds).await?;
         Ok(Box::new(vm))
     }
 
@@ -63,7 +63,9 @@ impl Hypervisor for Kvm {
         .into();
         fds.push(saved.state.as_fd());
         fds.extend(added.as_ref().map(AsFd::as_fd));
-        vm.start(configure, &fds).await?;
+        vm.configure(configure, &fds).await?;
+        vm.mount(&spec.mounts)?;
+        vm.start().await?;
         Ok(Box::new(vm))
     }
 

@@ -3,14 +3,18 @@
 mod channel;
 mod choose;
 pub mod kvm;
+pub mod mounts;
 mod process;
 pub mod qemu;
+mod saved;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 pub use choose::{Choice, choose};
+pub use mounts::Mounted;
+pub use saved::SavedVm;
 
 use async_trait::async_trait;
 use cella_proto::vmm::{Stats, StopReason};
@@ -53,6 +57,8 @@ pub struct VmSpec {
     pub nics: Vec<Nic>,
     /// Its disks, `/dev/vda` first.
     pub disks: Vec<Disk>,
+    /// What is mounted in the shared directory for the VMM of a restored machine alone, before the guest runs.
+    pub mounts: Vec<Mounted>,
 }
 
 /// A disk of the guest's.
@@ -163,15 +169,6 @@ impl Error {
             source: source.into(),
         }
     }
-}
-
-/// The files of a saved virtual machine, as `vmm.proto`'s Snapshot has them.
-#[derive(Debug)]
-pub struct SavedVm {
-    /// Registers, interrupt controllers, devices.
-    pub state: File,
-    /// The guest's memory, with holes where it was never used.
-    pub memory: File,
 }
 
 /// A machine between two owners. Dropping it ends the machine, which ends with its control socket.

@@ -15,6 +15,7 @@ use cella_proto::vmm::{Configure, Snapshot, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
+use super::mounts::{self, Mounted};
 use super::{Ended, Error, HandedVm, SavedVm, Vm, VmSpec};
 
 /// The guest's vsock address. Every guest has the same: no two share a host socket.
@@ -208,18 +209,35 @@ pub(super) fn take_over(id: &str, handed: HandedVm) -> Result<VmmProcess, Error>
 
 impl VmmProcess {
     /// Has the VMM make its machine, of `configure` with `fds`, and run it.
-    pub(super) async fn start(
+    pub(super) async fn boot(
         &self,
         configure: Configure,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Error> {
-        self.channel
-            .call(request::Call::Configure(configure), fds)
-            .await?;
-        self.channel
-            .call(request::Call::Start(Start::default()), &[])
-            .await?;
-        Ok(())
+        self.configure(configure, fds).await?;
+        self.start().await
+    }
+
+    /// Has the VMM make its machine, of `configure` with `fds`.
+    pub(super) async fn configure(
+        &self,
+        configure: Configure,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        let call = request::Call::Configure(configure);
+        self.channel.call(call, fds).await.map(drop)
+    }
+
+    /// Mounts what the VMM alone sees.
+    pub(super) fn mount(&self, mounts: &[Mounted]) -> Result<(), Error> {
+        mounts::attach(self.pidfd.as_fd(), mounts)
+            .map_err(|e| Error::host(format!("mounting for the VMM, process {}", self.pid), e))
+    }
+
+    /// Lets the machine run.
+    pub(super) async fn start(&self) -> Result<(), Error> {
+        let call = request::Call::Start(Start::default());
+        self.channel.call(call, &[]).await.map(drop)
     }
 }
 

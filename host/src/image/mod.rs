@@ -99,6 +99,12 @@ impl Image {
         }
     }
 
+    /// The digests of the layers, the lowest first.
+    pub fn digests(&self) -> Vec<String> {
+        let digest = |layer: &LayerDir| layer.diff_id.to_string();
+        self.layers().iter().map(digest).collect()
+    }
+
     /// Mounts the image read-write at `target`, by overlayfs; what is written goes to `scratch`, and
     /// the image's own files stay as they are. Both directories are made if they do not exist, in
     /// parents that do; both are removed with the mount.

@@ -5,7 +5,9 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use cella_proto::agent::{Event, Exit, Ready, SetUpSandboxRequest, WatchRequest, event};
+use cella_proto::agent::{
+    Event, Exit, Ready, RenewRequest, SetUpSandboxRequest, WatchRequest, event,
+};
 use cella_proto::agent_ttrpc::AgentClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -73,6 +75,19 @@ impl Agent {
             Err(refusal @ ttrpc::Error::RpcStatus(_)) => Ok(Err(refusal)),
             Err(error) => Err(Error::agent("setting up the clone", error)),
         }
+    }
+
+    /// Gives a guest that goes on from a snapshot `request` before anything else.
+    pub(super) async fn renew_first(
+        stream: UnixStream,
+        request: &RenewRequest,
+    ) -> Result<Self, Error> {
+        let client = client(stream);
+        client
+            .renew(Context::default(), request)
+            .await
+            .map_err(|e| Error::agent("renewing the restored guest", e))?;
+        Self::watching(client).await
     }
 
     async fn watching(client: AgentClient) -> Result<Self, Error> {

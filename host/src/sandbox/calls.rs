@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use cella_proto::agent::{
-    ContainerRef, CreateContainerRequest, ExecRequest, Exit, IdentityResponse, InfoResponse,
-    ProcessInfo, ProcessRef, ResizeTerminalRequest, SignalRequest, StatsResponse, Stdio,
-    UpdateRequest,
+    AttachRequest, ContainerInfo, ContainerRef, CreateContainerRequest, ExecRequest, Exit,
+    IdentityResponse, InfoResponse, ProcessInfo, ProcessRef, ResizeTerminalRequest, SignalRequest,
+    StatsResponse, Stdio, UpdateRequest,
 };
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::context::Context;
@@ -175,6 +175,42 @@ impl Sandbox {
         let request = container_ref(id);
         self.guard(
             self.agent.client().pause(Context::default(), &request),
+            |e| Error::agent(action(), e),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// The containers that the guest has.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn containers(&self) -> Result<Vec<ContainerInfo>, Error> {
+        let request = Default::default();
+        let listed = self
+            .agent
+            .client()
+            .list_containers(Context::default(), &request);
+        self.guard(listed, |e| {
+            Error::agent("listing the guest's containers", e)
+        })
+        .await
+        .map(|listed| listed.containers)
+    }
+
+    /// Gives a container's first process other connections for its standard streams.
+    ///
+    /// # Errors
+    /// The agent's, with their kinds.
+    pub async fn attach_streams(&self, id: &str, stdio: Stdio) -> Result<(), Error> {
+        let action = || format!("connecting the standard streams of container {id}");
+        let request = AttachRequest {
+            container_id: id.to_owned(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.guard(
+            self.agent.client().attach(Context::default(), &request),
             |e| Error::agent(action(), e),
         )
         .await

@@ -6,6 +6,7 @@
 //! | `booting` | locked by the owner until the agent is ready: whoever wants to attach waits for it |
 //! | `sandbox.json` | [`SandboxState`] |
 //! | `network.json` | [`Joints`]: what was done to a network namespace |
+//! | `owner` | unix socket to the owner, which saves the sandbox |
 //! | `vsock` | unix socket into the guest: `CONNECT <port>` |
 //! | `sockets/<port>` | where the guest's connections to the host's port go |
 //! | `share/` | what virtiofs serves to the guest; a shared mount, so that what is mounted later reaches the VMM's jail |
@@ -174,6 +175,11 @@ impl SandboxDir {
         self.path.join("sockets")
     }
 
+    /// The way to the process that owns it (`snapshot::owner`).
+    pub fn owner(&self) -> PathBuf {
+        self.path.join("owner")
+    }
+
     /// The host's way into the guest.
     pub fn vsock(&self) -> PathBuf {
         self.path.join("vsock")
@@ -211,6 +217,11 @@ impl SandboxDir {
     /// The file cannot be written.
     pub fn write_network(&self, joints: &Joints) -> Result<(), Error> {
         state::write(&self.network_file(), joints)
+    }
+
+    /// Whether something was done to a network namespace for it.
+    pub fn has_network(&self) -> bool {
+        self.network_file().exists()
     }
 
     /// Whether a living process owns the sandbox.
@@ -253,10 +264,10 @@ impl SandboxDir {
 
     /// Takes a network namespace back to what it was.
     fn undo_network(&self) -> Result<(), Error> {
-        let file = self.network_file();
-        if !file.exists() {
+        if !self.has_network() {
             return Ok(());
         }
+        let file = self.network_file();
         match state::read::<Joints>(&file) {
             Ok(joints) => Ok(joints.undo()?),
             // Written only in part: nothing was done yet.

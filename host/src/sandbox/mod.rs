@@ -6,11 +6,11 @@
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
 //! | `start` | from a directory to a guest that is set up: cloned or booted |
+//! | `saved` | saved, and restored |
 //! | `calls` | what it asks of its agent |
 //! | `forward` | connections to the pod's ports |
 //! | [`stdio`] | standard streams as connections |
 //! | [`volume`], [`idmap`] | what containers see of the host, and as whose |
-//! | `vmm_mounts` | mounting where only the VMM sees it |
 //! | [`gc`] | what dead processes left |
 
 pub mod agent;
@@ -20,10 +20,10 @@ mod error;
 mod forward;
 pub mod gc;
 pub mod idmap;
+mod saved;
 mod start;
 pub mod state;
 pub mod stdio;
-mod vmm_mounts;
 pub mod volume;
 
 use std::collections::HashMap;
@@ -39,6 +39,7 @@ use ttrpc::context::Context;
 pub use self::agent::Agent;
 use self::dir::{OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
+pub use self::saved::Restoration;
 pub use self::start::TemplateUse;
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, Disk, Hypervisor, Vm};

@@ -325,16 +325,26 @@ impl Start<'_> {
 
 /// What no two guests have in common, and what changes while one starts: drawn at the last moment.
 fn personalize(request: &mut SetUpSandboxRequest) -> Result<(), Error> {
-    let mut entropy = vec![0; 64];
-    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| Error::host("drawing entropy for the guest", e))?;
-    request.entropy = entropy;
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    request.clock_ns = clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0));
+    request.entropy = entropy()?;
+    request.clock_ns = clock_ns();
     Ok(())
 }
 
-fn late(limit: Duration) -> Error {
+/// Entropy for one guest.
+pub(super) fn entropy() -> Result<Vec<u8>, Error> {
+    let mut entropy = vec![0; 64];
+    rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Error::host("drawing entropy for the guest", e))?;
+    Ok(entropy)
+}
+
+/// The host's wall clock, nanoseconds since the epoch.
+pub(super) fn clock_ns() -> i64 {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    clock.map_or(0, |since| since.as_nanos().try_into().unwrap_or(0))
+}
+
+pub(super) fn late(limit: Duration) -> Error {
     Error::state(
         ErrorKind::DeadlineExceeded,
         format!(
@@ -385,21 +395,35 @@ async fn connect(
 
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
     VmSpec {
-        id: dir.id().to_owned(),
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes,
+        cmdline: spec.cmdline,
+        console: spec.console,
+        nics,
+        disks: spec.disks,
+        ..plain_vm_spec(paths, dir)
+    }
+}
+
+/// The machine of the sandbox in `dir`, without memory and CPUs, and with the devices that each one has.
+pub(super) fn plain_vm_spec(paths: &Paths, dir: &SandboxDir) -> VmSpec {
+    VmSpec {
+        id: dir.id().to_owned(),
+        vcpus: 0,
+        memory_bytes: 0,
         added_memory_bytes: 0,
         vmm: paths.vmm(),
         kernel: paths.kernel(),
         initrd: paths.initrd(),
-        cmdline: spec.cmdline,
+        cmdline: String::new(),
         share: dir.share(),
         sockets: dir.sockets(),
         vsock: dir.vsock(),
-        console: spec.console,
+        console: None,
         spare_slots: 0,
-        nics,
-        disks: spec.disks,
+        nics: Vec::new(),
+        disks: Vec::new(),
+        mounts: Vec::new(),
     }
 }
 

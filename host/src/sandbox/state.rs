@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use oci_spec::runtime::Mount;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -137,10 +138,26 @@ pub struct ContainerState {
     pub status: Status,
     /// Made by `-d`: its record stays when it has ended.
     pub detached: bool,
+    /// Its id in the guest, if that is another: the guest was restored from a snapshot.
+    #[serde(default)]
+    pub in_guest: Option<String>,
+    /// The digests of its image's layers, the lowest first; none of a directory or a bundle.
+    #[serde(default)]
+    pub layers: Vec<String>,
+    /// What it has of the host.
+    #[serde(default)]
+    pub volumes: Vec<Mount>,
     /// The process that takes its output and writes its end.
     pub runner: ProcessId,
     /// Seconds since the epoch.
     pub created: u64,
+}
+
+impl ContainerState {
+    /// Its id, as its sandbox's agent knows it.
+    pub fn guest_id(&self) -> &str {
+        self.in_guest.as_deref().unwrap_or(&self.id)
+    }
 }
 
 /// Reads a state file.

@@ -14,25 +14,45 @@ use super::GUEST_SHARE;
 use super::dir::{SandboxDir, mounts_below};
 use super::error::Error;
 use super::idmap::IdMap;
-use super::vmm_mounts;
 use crate::error::ErrorKind;
+use crate::hypervisor::mounts::{self, Mounted};
 use crate::paths::canonical;
 
 /// The most volumes of one container.
 const MAX_VOLUMES: usize = 1024;
 
-/// Makes a container's spec the guest's: binds every host path that it names under the container's shared directory,
-/// and puts the guest's path in its place. The root file system is at `rootfs` there already, or is to be mounted.
-/// What the guest has itself, `guests_own` says: that path is bound instead. The sandbox's VMM lives.
+/// Makes a container's spec the guest's, as [`copies`] does, and mounts what it names. The sandbox's VMM lives.
 ///
 /// # Errors
-/// `InvalidArgument`: a source does not exist, or there are too many.
+/// Those of [`copies`]; the VMM is gone.
 pub fn share(
     dir: &SandboxDir,
     id: &str,
     spec: &mut Spec,
     guests_own: impl Fn(&Mount) -> Option<PathBuf>,
 ) -> Result<(), Error> {
+    let volumes = copies(dir, id, spec, guests_own)?;
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let vmm = dir.read_state()?.vmm;
+    vmm.pidfd()
+        .and_then(|vmm| mounts::attach(vmm.as_fd(), &volumes))
+        .map_err(|e| Error::host(format!("mounting the volumes of container {id}"), e))
+}
+
+/// Makes a container's spec the guest's: copies every host path that it names under the container's shared directory,
+/// and puts the guest's path in its place. The root file system is at `rootfs` there already, or is to be mounted.
+/// What the guest has itself, `guests_own` says: that path is bound instead.
+///
+/// # Errors
+/// `InvalidArgument`: a source does not exist, or there are too many.
+pub fn copies(
+    dir: &SandboxDir,
+    id: &str,
+    spec: &mut Spec,
+    guests_own: impl Fn(&Mount) -> Option<PathBuf>,
+) -> Result<Vec<Mounted>, Error> {
     let on_host = dir.container_share(id);
     let in_guest = Path::new(GUEST_SHARE).join(id);
     if let Some(root) = spec.root_mut() {
@@ -43,7 +63,7 @@ pub fn share(
         .as_mut()
         .map_or(&mut [][..], Vec::as_mut_slice);
     let binds = mounts.iter_mut().filter(|mount| is_bind(mount));
-    let mut trees = Vec::new();
+    let mut copies = Vec::new();
     for (index, mount) in binds.enumerate() {
         if index >= MAX_VOLUMES {
             return Err(Error::state(
@@ -68,18 +88,16 @@ pub fn share(
             follow: has_option(mount, "rslave") || has_option(mount, "slave"),
             mapped_by: namespace.as_ref().map(AsFd::as_fd),
         };
-        trees.push((copy(&source, &on_host.join(&place), bound)?, place.clone()));
+        copies.push(Mounted {
+            tree: copy(&source, &on_host.join(&place), bound)?,
+            place: Path::new(id).join(&place),
+        });
         if bound.read_only && !bound.recursive {
             leave_read_only_to_host(mount, &source, bound.follow)?;
         }
         mount.set_source(Some(in_guest.join(&place)));
     }
-    if trees.is_empty() {
-        return Ok(());
-    }
-    let vmm = dir.read_state()?.vmm;
-    vmm_mounts::attach(vmm, id, trees)
-        .map_err(|e| Error::host(format!("mounting the volumes of container {id}"), e))
+    Ok(copies)
 }
 
 /// What is mounted below a read-only volume may be written to. The guest has one file system of it all, which it could make

@@ -145,5 +145,6 @@ pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec 
         spare_slots: SPARE_SLOTS,
         nics: Vec::new(),
         disks: Vec::new(),
+        mounts: Vec::new(),
     }
 }

@@ -40,14 +40,6 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// A template's files are not what this user's Cella writes.
-    #[error("template {}: {why}", path.display())]
-    Unsafe {
-        /// The file or directory.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
     /// There is no template of that name.
     #[error("there is no template {0}")]
     NotFound(String),
@@ -67,7 +59,6 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::File { source, .. } => ErrorKind::from(source),
-            Self::Unsafe { .. } => ErrorKind::FailedPrecondition,
             Self::NotFound(_) => ErrorKind::NotFound,
             Self::Hypervisor(error) => error.kind(),
             Self::Sandbox(error) => error.kind(),

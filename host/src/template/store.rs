@@ -1,9 +1,9 @@
 //! The templates on disk: `<lib>/templates/<key>/` with `state`, `memory` and `about.json`, `<key>.lock` while one is being
 //! built, and `<key>.draft` until it is whole.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -12,10 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Key, Shape};
 use crate::hypervisor::SavedVm;
+use crate::own_files;
 use crate::paths::Paths;
 
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
 const ABOUT: &str = "about.json";
 const DRAFT: &str = "draft";
 const LOCK: &str = "lock";
@@ -73,7 +72,7 @@ impl Store {
     /// The files of the template `key`, if there is one.
     ///
     /// # Errors
-    /// [`Error::Unsafe`]: somebody else could have written it. [`Error::File`]: it is not whole.
+    /// It is not whole, or somebody else could have written it.
     pub fn open(&self, key: &Key) -> Result<Option<SavedVm>, Error> {
         let dir = self.dir.join(key.as_str());
         if !dir.exists() {
@@ -81,12 +80,9 @@ impl Store {
         }
         for dir in [&self.dir, &dir] {
             let meta = fs::symlink_metadata(dir).map_err(Error::file("looking at", dir))?;
-            check_owner(dir, &meta, meta.is_dir())?;
+            own_files::check(&meta, meta.is_dir()).map_err(Error::file("using", dir))?;
         }
-        let saved = SavedVm {
-            state: open_own(&dir.join(STATE))?,
-            memory: open_own(&dir.join(MEMORY))?,
-        };
+        let saved = SavedVm::open(&dir).map_err(Error::file("opening", &dir))?;
         // The least recently used goes first when there is no room. That it was not noted is no reason not to use it.
         let _ = File::options()
             .append(true)
@@ -105,7 +101,7 @@ impl Store {
     /// # Errors
     /// The directory cannot be made.
     pub fn lock(&self, key: &Key) -> Result<Option<BuildLock>, Error> {
-        make_dir(&self.dir, true)?;
+        own_files::make_dir(&self.dir, true).map_err(Error::file("making", &self.dir))?;
         let path = self.file(key, LOCK);
         let file = File::create(&path).map_err(Error::file("making", &path))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -123,13 +119,8 @@ impl Store {
     /// The files cannot be made.
     pub fn draft(&self, key: &Key, memory_bytes: u64, _lock: &BuildLock) -> Result<Draft, Error> {
         let path = self.file(key, DRAFT);
-        make_dir(&path, false)?;
-        let files = make_own(&path.join(STATE)).and_then(|state| {
-            let memory = make_own(&path.join(MEMORY))?;
-            let sized = memory.set_len(memory_bytes);
-            sized.map_err(Error::file("sizing", path.join(MEMORY)))?;
-            Ok(SavedVm { state, memory })
-        });
+        own_files::make_dir(&path, false).map_err(Error::file("making", &path))?;
+        let files = SavedVm::create(&path, memory_bytes);
         match files {
             Ok(files) => Ok(Draft {
                 store: self.clone(),
@@ -139,7 +130,7 @@ impl Store {
             }),
             Err(error) => {
                 let _ = remove_dir(&path);
-                Err(error)
+                Err(Error::file("making the files of", path)(error))
             }
         }
     }
@@ -223,7 +214,7 @@ impl Store {
         let about: Option<About> = fs::read(dir.join(ABOUT))
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok());
-        let bytes = [STATE, MEMORY]
+        let bytes = SavedVm::FILES
             .iter()
             .filter_map(|file| Some(fs::metadata(dir.join(file)).ok()?.blocks() * 512))
             .sum();
@@ -259,15 +250,14 @@ impl Draft {
         let text = serde_json::to_vec(&about)
             .map_err(|e| Error::file("writing", &about_path)(e.into()))?;
         fs::write(&about_path, text).map_err(Error::file("writing", &about_path))?;
-        for (file, name) in [(&self.files.memory, MEMORY), (&self.files.state, STATE)] {
-            file.sync_all()
-                .map_err(Error::file("writing", path.join(name)))?;
-        }
-        sync_dir(&path)?;
+        self.files
+            .sync()
+            .and_then(|()| own_files::sync_dir(&path))
+            .map_err(Error::file("writing", &path))?;
         let target = self.store.dir.join(self.key.as_str());
         fs::rename(&path, &target).map_err(Error::file("putting in place", &target))?;
         self.path = None;
-        sync_dir(&self.store.dir)
+        own_files::sync_dir(&self.store.dir).map_err(Error::file("writing", &self.store.dir))
     }
 }
 
@@ -281,66 +271,8 @@ impl Drop for Draft {
     }
 }
 
-fn make_dir(path: &Path, recursive: bool) -> Result<(), Error> {
-    DirBuilder::new()
-        .recursive(recursive)
-        .mode(0o700)
-        .create(path)
-        .map_err(Error::file("making", path))
-}
-
-fn make_own(path: &Path) -> Result<File, Error> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(Error::file("making", path))
-}
-
-/// Opens a file for reading that nobody but this user can have written.
-fn open_own(path: &Path) -> Result<File, Error> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(Error::file("opening", path))?;
-    let meta = file.metadata().map_err(Error::file("looking at", path))?;
-    check_owner(path, &meta, meta.is_file())?;
-    Ok(file)
-}
-
-fn check_owner(path: &Path, meta: &fs::Metadata, right_type: bool) -> Result<(), Error> {
-    let user = rustix::process::geteuid().as_raw();
-    let why = if !right_type {
-        "it is of another type".to_owned()
-    } else if meta.uid() != user {
-        format!("user {} owns it, not {user}", meta.uid())
-    } else if meta.mode() & 0o022 != 0 {
-        format!("others may write to it (mode {:o})", meta.mode() & 0o7777)
-    } else {
-        return Ok(());
-    };
-    Err(Error::Unsafe {
-        path: path.into(),
-        why,
-    })
-}
-
 fn remove_dir(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::file("removing", path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn sync_dir(path: &Path) -> Result<(), Error> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::file("writing", path))
+    own_files::remove_dir(path).map_err(Error::file("removing", path))
 }
 
 #[cfg(test)]

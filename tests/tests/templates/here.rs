@@ -130,6 +130,7 @@ impl Here {
             spare_slots: 0,
             nics: Vec::new(),
             disks: Vec::new(),
+            mounts: Vec::new(),
         };
         let restored = Kvm.restore(&spec, saved).await;
         restored.map_err(|error| error.to_string())

@@ -109,7 +109,7 @@ impl Hypervisor for Qemu {
         open("opening the guest image", &spec.initrd)?;
         let (vm, configure, fds) = self.spawn(&spec)?;
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        match vm.start(configure, &fds).await {
+        match vm.boot(configure, &fds).await {
             Ok(()) => Ok(Box::new(QemuVm {
                 process: vm,
                 qemu: self.clone(),

@@ -1,0 +1,132 @@
+//! A sandbox's machine saved while its containers are paused, and a sandbox that goes on from there.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use cella_proto::agent::RenewRequest;
+
+use super::agent::{self, Agent};
+use super::dir::{BootLock, OwnerLock, SandboxDir};
+use super::start::{self, TemplateUse};
+use super::state::{self, ProcessId, SandboxState};
+use super::{Error, Owned, Sandbox, Unfinished};
+use crate::error::ErrorKind;
+use crate::hypervisor::{Hypervisor, SavedVm, VmSpec};
+use crate::paths::Paths;
+
+/// How long the agent of a restored guest may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Sandbox {
+    /// Writes an owned sandbox's machine to `files`. It stands still meanwhile, and while `copy` copies what else there is of it.
+    ///
+    /// # Errors
+    /// `FailedPrecondition`: another process owns it. What `copy` fails of. The hypervisor's: `Unimplemented`, if it saves none.
+    pub(crate) async fn save(
+        &self,
+        files: &SavedVm,
+        copy: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(owned) = &self.owned else {
+            return Err(Error::state(
+                ErrorKind::FailedPrecondition,
+                format!("sandbox {} is owned by another process", self.dir.id()),
+            ));
+        };
+        owned.vm.pause().await?;
+        let saved = match owned.vm.snapshot(files).await {
+            Ok(()) => copy(),
+            Err(error) => Err(error.into()),
+        };
+        owned.vm.resume().await?;
+        saved
+    }
+}
+
+/// A sandbox on its way back. Dropping it removes what there is of it.
+pub struct Restoration {
+    dir: SandboxDir,
+    unfinished: Unfinished,
+    lock: OwnerLock,
+    booting: BootLock,
+    paths: Paths,
+}
+
+impl Restoration {
+    /// Takes the directory of the sandbox to be.
+    ///
+    /// # Errors
+    /// `AlreadyExists`: a living sandbox has it.
+    pub fn begin(paths: &Paths, dir: SandboxDir) -> Result<Self, Error> {
+        let (lock, booting) = dir.create()?;
+        Ok(Self {
+            unfinished: Unfinished(Some(dir.clone())),
+            dir,
+            lock,
+            booting,
+            paths: paths.clone(),
+        })
+    }
+
+    /// The machine, but for its size and mounts.
+    pub fn vm_spec(&self) -> VmSpec {
+        start::plain_vm_spec(&self.paths, &self.dir)
+    }
+
+    /// Restores the machine of `spec` from `files`, and gives its agent what no other one must have. Its containers are still paused.
+    ///
+    /// # Errors
+    /// The files are of another machine, VMM or processor; the agent does not answer.
+    pub async fn finish(
+        mut self,
+        hypervisor: &dyn Hypervisor,
+        spec: VmSpec,
+        files: &SavedVm,
+        pod: bool,
+    ) -> Result<Sandbox, Error> {
+        let vm = hypervisor.restore(&spec, files).await?;
+        let own = ProcessId::own();
+        self.dir.write_state(&SandboxState {
+            id: self.dir.id().to_owned(),
+            pod,
+            hypervisor: hypervisor.name().to_owned(),
+            owner: own,
+            vmm: ProcessId::of(vm.pid()).unwrap_or(own),
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            resolv_conf: false,
+            created: state::now(),
+        })?;
+        let vsock = self.dir.vsock();
+        let agent = tokio::select! {
+            renewed = tokio::time::timeout(ANSWER_TIMEOUT, renew(&vsock)) => {
+                renewed.map_err(|_| start::late(ANSWER_TIMEOUT))??
+            }
+            ended = vm.wait() => return Err(start::gone(&self.dir, &ended).into()),
+        };
+        self.unfinished.0 = None;
+        drop(self.booting);
+        Ok(Sandbox {
+            dir: self.dir,
+            agent,
+            owned: Some(Owned {
+                _forward: None,
+                vm,
+                ended: AtomicBool::new(false),
+                template: TemplateUse::Unused,
+                _lock: self.lock,
+            }),
+        })
+    }
+}
+
+async fn renew(vsock: &Path) -> Result<Agent, Error> {
+    let stream = agent::dial(vsock, agent::AGENT_PORT).await?;
+    let request = RenewRequest {
+        entropy: start::entropy()?,
+        clock_ns: start::clock_ns(),
+        ..Default::default()
+    };
+    Agent::renew_first(stream, &request).await
+}

@@ -1,0 +1,322 @@
+//! Running sandboxes saved, and others that go on from there.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use cella_tests::Host;
+
+use super::here::{Here, MEMORY, MEMORY_FLAG, block_on};
+
+/// What the container does: it counts, in its memory, to a file that it has open in a volume, to its root file system and to
+/// its output.
+const COUNTS: &str = "exec 3>>/v/counted 4</v/read; cd /kept; i=0
+    while :; do i=$((i+1)); echo $i >&3; echo $i > i; echo at $i; sleep 1; done";
+/// How long the container may take to its next step.
+const STEP: Duration = Duration::from_secs(30);
+/// How long after its beginning a `cella snapshot restore` is killed, milliseconds.
+const KILLED_AFTER: [u64; 4] = [10, 40, 90, 200];
+
+#[test]
+fn a_running_sandbox_goes_on_elsewhere() {
+    block_on(async {
+        let Some(here) = Here::with_template().await else {
+            return;
+        };
+        let saved = Saved::new(&here.host);
+        saved.it_goes_on_itself();
+        saved.others_go_on();
+        saved.what_is_no_snapshot_is_said();
+        saved.a_restore_that_is_killed_leaves_nothing();
+        saved.what_cannot_be_saved_is_said();
+        saved.an_owner_that_is_killed_leaves_no_snapshot();
+        here.host.assert_clean();
+    });
+}
+
+/// The container `one`, and a snapshot of its sandbox.
+struct Saved<'a> {
+    host: &'a Host,
+    snapshot: PathBuf,
+    image: String,
+}
+
+impl<'a> Saved<'a> {
+    fn new(host: &'a Host) -> Self {
+        let volume = host.path("volume");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("read"), "a line\n").unwrap();
+        let image = host.busybox();
+        let this = Self {
+            host,
+            snapshot: host.path("snapshot"),
+            image,
+        };
+        let volume = format!("{}:/v", volume.display());
+        let script = format!("mkdir /kept; {COUNTS}");
+        let mut args = vec!["run", "-d", "--name", "one", "--memory", MEMORY_FLAG];
+        args.extend(["-v", &volume, &this.image, "sh", "-c", &script]);
+        host.cella(&args).expect_status(0);
+        this.steps("one");
+        let said = host.cella(&["snapshot", "save", "one", this.path()]);
+        said.expect_status(0);
+        this
+    }
+
+    fn path(&self) -> &str {
+        self.snapshot.to_str().unwrap()
+    }
+
+    fn sh(&self, container: &str, script: &str) -> String {
+        let said = self.host.cella(&["exec", container, "sh", "-c", script]);
+        said.expect_status(0).stdout
+    }
+
+    /// Where the container is in its counting.
+    fn count(&self, container: &str) -> u32 {
+        self.sh(container, "cat /kept/i")
+            .trim()
+            .parse()
+            .unwrap_or(0)
+    }
+
+    /// Waits until its output has gone on, and says where it was.
+    #[track_caller]
+    fn steps(&self, container: &str) -> u32 {
+        let log = || self.host.cella(&["logs", container]).stdout;
+        let was = log().lines().count();
+        let deadline = Instant::now() + STEP;
+        while log().lines().count() <= was {
+            assert!(Instant::now() < deadline, "{container} does not go on");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let log = log();
+        let last = log.lines().last().unwrap();
+        last.trim_start_matches("at ").parse().unwrap()
+    }
+
+    fn restore(&self, name: &str) {
+        let said = self
+            .host
+            .cella(&["snapshot", "restore", self.path(), "--name", name]);
+        assert_eq!(said.expect_status(0).stdout, format!("{name}\n"));
+    }
+
+    fn remove(&self, name: &str) {
+        self.host.cella(&["kill", name]).expect_status(0);
+        let deadline = Instant::now() + STEP;
+        while self.host.cella(&["rm", name]).status != 0 {
+            assert!(Instant::now() < deadline, "{name} does not end");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn it_goes_on_itself(&self) {
+        assert!(self.steps("one") > 0);
+        let memory = fs::metadata(self.snapshot.join("memory")).unwrap();
+        assert_eq!(memory.len(), MEMORY);
+        let written = memory.blocks() * 512;
+        assert!(written < MEMORY / 4, "{written} bytes are written");
+        assert_eq!(memory.mode() & 0o7777, 0o600);
+        assert_eq!(fs::metadata(&self.snapshot).unwrap().mode() & 0o7777, 0o700);
+    }
+
+    /// Two, beside the first: from the same memory, and different from there on.
+    fn others_go_on(&self) {
+        let saved_at: u32 = fs::read_to_string(self.snapshot.join("rootfs/one/kept/i"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        for name in ["two", "three"] {
+            self.restore(name);
+        }
+        let mut uuids = Vec::new();
+        for name in ["one", "two", "three"] {
+            let at = self.steps(name);
+            assert!(at > saved_at, "{name} is at {at}, saved at {saved_at}");
+            assert!(self.count(name) >= at);
+            // A handle of the past on a volume, and one that is read by another process.
+            assert_eq!(self.sh(name, "cat /proc/1/fd/4"), "a line\n");
+            uuids.push(self.sh(name, "cat /proc/sys/kernel/random/uuid; date +%s"));
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        for said in &uuids {
+            let seconds: u64 = said.lines().nth(1).unwrap().parse().unwrap();
+            assert!(
+                now.abs_diff(seconds) < 60,
+                "{seconds}, and here it is {now}"
+            );
+        }
+        uuids.dedup();
+        assert_eq!(uuids.len(), 3);
+        // What each has written to its root file system is its own; the volume is everybody's.
+        self.sh("two", "echo two > /kept/own");
+        let others = self.host.cella(&["exec", "three", "cat", "/kept/own"]);
+        assert_ne!(others.status, 0);
+        let counted = fs::read_to_string(self.host.path("volume/counted")).unwrap();
+        assert!(counted.lines().count() as u32 > saved_at + 2, "{counted}");
+        // A restored one can be saved as well.
+        let again = self.host.path("again");
+        let said = self
+            .host
+            .cella(&["snapshot", "save", "two", again.to_str().unwrap()]);
+        said.expect_status(0);
+        self.steps("two");
+        self.remove("two");
+        let args = [
+            "snapshot",
+            "restore",
+            again.to_str().unwrap(),
+            "--name",
+            "four",
+        ];
+        self.host.cella(&args).expect_status(0);
+        assert_eq!(self.sh("four", "cat /kept/own"), "two\n");
+        self.steps("four");
+        for name in ["three", "four"] {
+            self.remove(name);
+        }
+    }
+
+    fn what_is_no_snapshot_is_said(&self) {
+        let restore = |dir: &str, name: &str| {
+            self.host
+                .cella(&["snapshot", "restore", dir, "--name", name])
+        };
+        restore("/nonexistent", "two").expect_failure(&["/nonexistent", "No such file"]);
+        restore(self.path(), "one").expect_failure(&["one", "exists already"]);
+        let damage = |file: &str, change: &dyn Fn(&File), word: &str| {
+            let path = self.snapshot.join(file);
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            let mut was = vec![0; 1 << 10];
+            let len = file.metadata().unwrap().len();
+            let read = file.read_at(&mut was, 0).unwrap();
+            change(&file);
+            restore(self.path(), "two").expect_failure(&[word]);
+            file.set_len(len).unwrap();
+            file.write_all_at(&was[..read], 0).unwrap();
+        };
+        damage("state", &|file| file.set_len(200).unwrap(), "truncated");
+        damage(
+            "state",
+            &|file| file.write_all_at(b"no", 300).unwrap(),
+            "altered",
+        );
+        damage(
+            "memory",
+            &|file| file.set_len(1 << 20).unwrap(),
+            "memory file has",
+        );
+        damage(
+            "about.json",
+            &|file| file.set_len(40).unwrap(),
+            "about.json",
+        );
+        damage(
+            "about.json",
+            &|file| file.write_all_at(b"{\"version\":9,\"x\":\"", 0).unwrap(),
+            "about.json",
+        );
+        let volume = self.host.path("volume");
+        let away = self.host.path("away");
+        fs::rename(&volume, &away).unwrap();
+        restore(self.path(), "two").expect_failure(&["volume", "No such file"]);
+        fs::rename(&away, &volume).unwrap();
+        // It is still good.
+        self.restore("two");
+        self.remove("two");
+    }
+
+    fn a_restore_that_is_killed_leaves_nothing(&self) {
+        let records = || {
+            fs::read_dir(self.host.path("lib/containers"))
+                .unwrap()
+                .count()
+        };
+        let before = records();
+        for after in KILLED_AFTER {
+            let args = ["snapshot", "restore", self.path(), "--name", "two"];
+            let mut child = self.host.command(&args).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(after));
+            for (pid, _) in self.host.processes() {
+                let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                if command.is_ok_and(|line| line.contains("restored-owner")) {
+                    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+            let _ = child.kill();
+            child.wait().unwrap();
+            self.host.cella(&["gc"]).expect_status(0);
+            self.host.cella(&["rm", "two"]);
+            assert_eq!(records(), before);
+            assert!(!self.host.path("run/two").exists());
+        }
+    }
+
+    fn what_cannot_be_saved_is_said(&self) {
+        let save = |id: &str, dir: &str| self.host.cella(&["snapshot", "save", id, dir]);
+        save("one", self.path()).expect_failure(&["it is there"]);
+        save("nobody", "/tmp/x").expect_failure(&["no sandbox nobody"]);
+        save("one", "/nonexistent/x").expect_failure(&["/nonexistent/x", "No such file"]);
+        let other = self.host.path("other");
+        let other = other.to_str().unwrap();
+        let open = "exec 5>/kept/gone; rm /kept/gone; echo ready; read x";
+        let child = self.host.command(&["exec", "-i", "one", "sh", "-c", open]);
+        let mut child = { child }
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        save("one", other).expect_failure(&["removed", "open"]);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        let args = [
+            "run",
+            "-d",
+            "--hypervisor",
+            "qemu",
+            "--name",
+            "emulated",
+            &self.image,
+        ];
+        if cella_tests::missing_for("qemu").is_none() {
+            let args: Vec<_> = args.into_iter().chain(["sleep", "1000"]).collect();
+            self.host.cella(&args).expect_status(0);
+            save("emulated", other).expect_failure(&["saves no machines"]);
+            self.remove("emulated");
+        }
+        assert!(
+            !PathBuf::from(other).exists() && !PathBuf::from(format!("{other}.draft")).exists()
+        );
+        self.steps("one");
+    }
+
+    fn an_owner_that_is_killed_leaves_no_snapshot(&self) {
+        let target = self.host.path("half");
+        let args = ["snapshot", "save", "one", target.to_str().unwrap()];
+        let mut child = self.host.command(&args).spawn().unwrap();
+        let draft = self.host.path("half.draft");
+        let deadline = Instant::now() + STEP;
+        while !draft.exists() && child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "nothing is written");
+        }
+        for (pid, line) in self.host.processes() {
+            if line.contains("--name one") && line.contains("run -d") {
+                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            }
+        }
+        let said = cella_tests::finish(child, &[]);
+        assert!(target.exists() == (said.status == 0), "{said:?}");
+        self.host.cella(&["gc"]).expect_status(0);
+        self.host.cella(&["rm", "one"]).expect_status(0);
+        assert!(said.status != 0, "it was too late to kill it: {said:?}");
+    }
+}
