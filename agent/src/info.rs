@@ -50,7 +50,7 @@ fn field(text: &str, name: &str) -> u64 {
 }
 
 /// How many CPUs a list like `0-3,8` names.
-fn count(list: &str) -> u32 {
+pub(crate) fn count(list: &str) -> u32 {
     let ranges = list.trim().split(',').filter_map(|range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);

@@ -5,6 +5,7 @@
 //! forked child. State is behind plain mutexes that no await is under.
 
 pub mod container;
+pub mod cpus;
 pub mod error;
 pub mod events;
 pub mod forward;

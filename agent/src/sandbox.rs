@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
 use rustix::time::{ClockId, Timespec};
 
-use crate::{memory, network};
+use crate::{cpus, memory, network};
 
 /// Where the agent keeps what its pod's containers mount.
 const RUN: &str = "/run/cella";
@@ -78,6 +78,7 @@ pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error
         "taking added memory into use:",
         &format!("{} bytes", request.added_memory_bytes),
     ))?;
+    cpus::take_into_use(request.vcpus)?;
     set_hostname(&request.hostname)?;
     if !prepared {
         mount_shm(request.shm_bytes)?;

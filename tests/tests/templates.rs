@@ -11,6 +11,8 @@
 mod builders;
 #[path = "templates/clones.rs"]
 mod clones;
+#[path = "templates/cpus.rs"]
+mod cpus;
 #[path = "templates/faults.rs"]
 mod faults;
 #[path = "templates/here.rs"]

@@ -103,16 +103,24 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
         "TEMPLATE", "CPUS", "MEMORY", "ON DISK"
     );
     for one in listed {
-        let (cpus, memory) = one.shape.map_or(("?".into(), "?".into()), |shape| {
-            (shape.vcpus.to_string(), mib(shape.memory_bytes))
+        let (count, memory) = one.shape.map_or(("?".into(), "?".into()), |shape| {
+            (cpus(&shape), mib(shape.memory_bytes))
         });
         println!(
-            "{:<32} {cpus:>6} {memory:>9} {:>9}",
+            "{:<32} {count:>6} {memory:>9} {:>9}",
             one.key,
             mib(one.bytes)
         );
     }
     Ok(())
+}
+
+/// The numbers of CPUs that its clones may have.
+fn cpus(shape: &Shape) -> String {
+    match (shape.vcpus, shape.possible_vcpus) {
+        (least, most) if least < most => format!("{least}-{most}"),
+        (all, _) => all.to_string(),
+    }
 }
 
 fn mib(bytes: u64) -> String {

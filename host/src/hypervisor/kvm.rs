@@ -196,6 +196,7 @@ fn configure(spec: &VmSpec) -> Configure {
         memory_fd: 1,
         memory_bytes: spec.memory_bytes,
         vcpus: spec.vcpus,
+        possible_vcpus: spec.possible_vcpus,
         kernel_fd: 2,
         initrd_fd: Some(3),
         cmdline: spec.cmdline.clone(),

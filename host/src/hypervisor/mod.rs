@@ -29,8 +29,10 @@ pub const ADDED_BLOCK: u64 = 2 << 20;
 pub struct VmSpec {
     /// Of the sandbox; for messages and process titles.
     pub id: String,
-    /// 1 to 32.
+    /// 1 to 32. A machine that is restored has at least the saved one's, and at most those that its guest knows of.
     pub vcpus: u32,
+    /// The CPUs that a guest which is booted is told of, so that a machine restored from it may have them; 0: `vcpus`.
+    pub possible_vcpus: u32,
     /// Guest RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
     /// What a machine that is restored gets beyond the saved one's `memory_bytes`: bytes, a multiple of [`ADDED_BLOCK`].
@@ -222,8 +224,8 @@ pub trait Hypervisor: Send + Sync {
     fn saves(&self) -> bool {
         false
     }
-    /// Makes a virtual machine that goes on where a saved one of the same kernel, memory and CPUs was, and lets it run. The network
-    /// devices of `spec` are plugged in in addition to the saved one's devices, and its added memory in a device behind them.
+    /// Makes a virtual machine that goes on where a saved one of the same kernel and memory was, and lets it run. CPUs that the saved one
+    /// had not wait for the guest to start them; the network devices of `spec` are plugged in in addition to the saved one's devices, and its added memory in a device behind them.
     async fn restore(&self, spec: &VmSpec, _saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
         Err(Error::Refused {
             id: spec.id.clone(),

@@ -26,9 +26,9 @@ struct Parts {
     booting: BootLock,
 }
 
-/// An idle clone of the template `key`, if there is one.
-pub fn claim(paths: &Paths, key: &Key) -> Option<Claimed> {
-    match ask(paths, key) {
+/// An idle clone of the template `key` with `vcpus` CPUs, if there is one: a machine that runs cannot get more.
+pub fn claim(paths: &Paths, key: &Key, vcpus: u32) -> Option<Claimed> {
+    match ask(paths, key, vcpus) {
         Ok(claimed) => Some(claimed),
         Err(error) => {
             tracing::debug!("claiming an idle sandbox: {error}");
@@ -37,11 +37,11 @@ pub fn claim(paths: &Paths, key: &Key) -> Option<Claimed> {
     }
 }
 
-fn ask(paths: &Paths, key: &Key) -> io::Result<Claimed> {
+fn ask(paths: &Paths, key: &Key, vcpus: u32) -> io::Result<Claimed> {
     let socket = UnixStream::connect(super::socket(paths))?;
     wire::prepare(&socket)?;
     let key = key.as_str().to_owned();
-    wire::send(&socket, &Ask { key }, &[])?;
+    wire::send(&socket, &Ask { key, vcpus }, &[])?;
     let (given, fds) = wire::receive::<Given>(&socket)?;
     let Ok([control, pidfd, lock, booting]) = <[_; 4]>::try_from(fds) else {
         return Err(io::Error::other("not the four descriptors of a sandbox"));

@@ -119,6 +119,7 @@ async fn finished(making: &mut Option<Making>) -> Result<Idle, Error> {
 /// An idle clone. Dropping it ends it.
 struct Idle {
     key: Key,
+    vcpus: u32,
     // The machine first, then what it uses.
     vm: Option<Box<dyn Vm>>,
     dir: SandboxDir,
@@ -163,13 +164,13 @@ impl Keeper {
             .and_then(|key| Store::new(&self.paths).open(key).ok()?);
         self.key = key.filter(|_| saved.is_some());
         self.idle
-            .retain(|idle| Some(&idle.key) == self.key.as_ref());
+            .retain(|idle| Some(&idle.key) == self.key.as_ref() && idle.vcpus == config.cpus);
         self.idle.truncate(config.pool as usize);
         if self.idle.len() < config.pool as usize
             && self.making.is_none()
             && let (Some(key), Some(saved)) = (&self.key, saved)
         {
-            let made = make(self.paths.clone(), key.clone(), shape, saved);
+            let made = make(self.paths.clone(), key.clone(), shape, config.cpus, saved);
             self.making = Some(tokio::spawn(made));
         }
         true
@@ -197,7 +198,7 @@ impl Keeper {
         let claimer = claimer.into_std()?;
         wire::prepare(&claimer)?;
         let (ask, _) = wire::receive::<Ask>(&claimer)?;
-        let wanted = |idle: &Idle| idle.key.as_str() == ask.key;
+        let wanted = |idle: &Idle| idle.key.as_str() == ask.key && idle.vcpus == ask.vcpus;
         let Some(at) = self.idle.iter().position(wanted) else {
             return Ok(());
         };
@@ -245,19 +246,28 @@ fn look_after(vm: HandedVm) {
     });
 }
 
-/// Restores the saved machine, and leaves it alone.
-async fn make(paths: Paths, key: Key, shape: Shape, saved: SavedVm) -> Result<Idle, Error> {
+/// Restores the saved machine with `vcpus` CPUs, and leaves it alone: who claims it has its guest bring them online.
+async fn make(
+    paths: Paths,
+    key: Key,
+    shape: Shape,
+    vcpus: u32,
+    saved: SavedVm,
+) -> Result<Idle, Error> {
     let id = container::new_id()?;
     let dir = SandboxDir::new(&paths, &format!("{PREFIX}{id}"))?;
     let (lock, booting) = dir.create()?;
     let mut idle = Idle {
         key,
+        vcpus,
         vm: None,
         dir,
         lock,
         booting,
     };
     let spec = VmSpec {
+        vcpus,
+        possible_vcpus: 0,
         cmdline: String::new(),
         spare_slots: 0,
         ..build::vm_spec(&paths, &shape, &idle.dir)
@@ -276,7 +286,7 @@ async fn make(paths: Paths, key: Key, shape: Shape, saved: SavedVm) -> Result<Id
         hypervisor: Kvm.name().to_owned(),
         owner: own,
         vmm: ProcessId::of(vm.pid()).unwrap_or(own),
-        vcpus: shape.vcpus,
+        vcpus,
         memory_bytes: shape.memory_bytes,
         resolv_conf: false,
         created: state::now(),

@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_millis(200);
 pub struct Ask {
     /// The template's name.
     pub key: String,
+    /// The machine's CPUs.
+    pub vcpus: u32,
 }
 
 /// What is given: with it come the VMM's control socket, its pidfd, and the sandbox's two locks.

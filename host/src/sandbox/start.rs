@@ -26,6 +26,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a clone's agent may take to be set up. It waits already; the rest is the network's devices, each a second
 /// where KVM has no hardware, and the host's load.
 const CLONE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much longer for each CPU that its guest has to start: so long the guest's kernel waits for one.
+const CPU_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What templates had to do with a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +125,7 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// An idle clone of it. Those of the pool have no network interfaces, no disks and no added memory.
+    /// An idle clone of it. Those of the pool have no network interfaces, no disks and no added memory, and the configuration's CPUs.
     pub(super) fn claim(&self, paths: &Paths, spec: &SandboxSpec) -> Option<Claimed> {
         match self {
             Self::Template(key, shape, _)
@@ -132,7 +134,7 @@ impl Found {
                     && spec.disks.is_empty()
                     && spec.memory_bytes == shape.memory_bytes =>
             {
-                pool::claim(paths, key)
+                pool::claim(paths, key, spec.vcpus)
             }
             _ => None,
         }
@@ -260,15 +262,19 @@ impl Start<'_> {
 
     async fn identify(&mut self, vm: Box<dyn Vm>) -> Result<SetUp, Error> {
         self.started(vm.as_ref())?;
-        let (dir, request) = (self.dir, &mut self.request);
+        let (dir, vcpus, request) = (self.dir, self.state.vcpus, &mut self.request);
         let called = async {
             let stream = agent::dial(&dir.vsock(), agent::AGENT_PORT).await?;
             personalize(request)?;
+            // Of them, the template's guest had one in use.
+            request.vcpus = vcpus;
             Agent::set_up_first(stream, request).await
         };
+        let limit =
+            CLONE_TIMEOUT.saturating_add(CPU_TIMEOUT.saturating_mul(vcpus.saturating_sub(1)));
         let called = tokio::select! {
-            called = tokio::time::timeout(CLONE_TIMEOUT, called) => {
-                called.map_err(|_| late(CLONE_TIMEOUT))??
+            called = tokio::time::timeout(limit, called) => {
+                called.map_err(|_| late(limit))??
             }
             ended = vm.wait() => return Err(gone(self.dir, &ended).into()),
         };
@@ -290,7 +296,7 @@ impl Start<'_> {
         let started_us = started_us(vm.as_ref()).await;
         self.timeline.ready(agent.ready().await?, started_us);
         personalize(&mut self.request)?;
-        self.request.added_memory_bytes = 0;
+        (self.request.added_memory_bytes, self.request.vcpus) = (0, 0);
         agent
             .client()
             .set_up_sandbox(Context::default(), &self.request)
@@ -396,6 +402,7 @@ async fn connect(
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
     VmSpec {
         vcpus: spec.vcpus,
+        possible_vcpus: 0,
         memory_bytes: spec.memory_bytes,
         cmdline: spec.cmdline,
         console: spec.console,

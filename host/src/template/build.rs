@@ -129,6 +129,7 @@ pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec 
     VmSpec {
         id: dir.id().to_owned(),
         vcpus: shape.vcpus,
+        possible_vcpus: shape.possible_vcpus,
         memory_bytes: shape.memory_bytes,
         added_memory_bytes: 0,
         vmm: paths.vmm(),

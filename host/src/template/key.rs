@@ -12,7 +12,7 @@ use super::Error;
 use crate::paths::Paths;
 
 /// Raised when templates are made in another way.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Characters of a key.
 pub const KEY_CHARS: usize = 32;
@@ -20,8 +20,10 @@ pub const KEY_CHARS: usize = 32;
 /// What of a virtual machine its guest has seen when it is saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
-    /// 1 to 32.
+    /// Those that it was booted with, which every clone has: 1 to 32.
     pub vcpus: u32,
+    /// Those that the guest knows of; a clone has at most so many.
+    pub possible_vcpus: u32,
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
     /// The caller's words on the kernel's command line.
@@ -32,11 +34,21 @@ pub struct Shape {
 /// of its memory. What a larger one has beyond it is added when it is cloned.
 const SERVED_FROM: u64 = 256 << 20;
 
+/// CPUs that the guest of a template of one CPU knows of: sandboxes of so many are its clones, and bring the others online.
+/// Each costs every clone some of what the kernel keeps for each CPU that could come, so there are no more than most pods have. A
+/// larger sandbox has a template of its own number, booted with all of them.
+const SERVED_UP_TO: u32 = 8;
+
 impl Shape {
     /// The shape of the template that serves sandboxes of this one.
     pub fn serving(vcpus: u32, memory_bytes: u64, cmdline: &str) -> Self {
+        let (vcpus, possible_vcpus) = match vcpus {
+            ..=SERVED_UP_TO => (1, SERVED_UP_TO),
+            _ => (vcpus, vcpus),
+        };
         Self {
             vcpus,
+            possible_vcpus,
             memory_bytes: memory_bytes.min(SERVED_FROM),
             cmdline: cmdline.to_owned(),
         }
@@ -63,8 +75,8 @@ impl Key {
         }
         let _ = writeln!(
             text,
-            "{} {} {:?}",
-            shape.vcpus, shape.memory_bytes, shape.cmdline
+            "{} {} {} {:?}",
+            shape.vcpus, shape.possible_vcpus, shape.memory_bytes, shape.cmdline
         );
         text.push_str(&processor());
         // Where KVM has no hardware the guest counts the host's time stamps, which begin anew with it.
@@ -141,6 +153,7 @@ mod tests {
     fn shape() -> Shape {
         Shape {
             vcpus: 1,
+            possible_vcpus: 8,
             memory_bytes: 128 << 20,
             cmdline: String::new(),
         }
@@ -160,6 +173,7 @@ mod tests {
         let mut seen = vec![first];
         for change in [
             |shape: &mut Shape| shape.vcpus = 2,
+            |shape: &mut Shape| shape.possible_vcpus = 9,
             |shape: &mut Shape| shape.memory_bytes += 1 << 20,
             |shape: &mut Shape| shape.cmdline.push_str("quiet"),
         ] {
@@ -183,6 +197,16 @@ mod tests {
             [64, 255, 256, 257, 4096].map(memory),
             [64, 255, 256, 256, 256]
         );
+    }
+
+    #[test]
+    fn one_template_serves_up_to_eight_cpus() {
+        let cpus = |cpus| {
+            let shape = Shape::serving(cpus, 256 << 20, "");
+            (shape.vcpus, shape.possible_vcpus)
+        };
+        assert_eq!([1, 2, 8].map(cpus), [(1, 8); 3]);
+        assert_eq!([9, 32].map(cpus), [(9, 9), (32, 32)]);
     }
 
     #[test]

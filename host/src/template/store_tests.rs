@@ -13,6 +13,7 @@ fn key(digit: char) -> Key {
 fn shape() -> Shape {
     Shape {
         vcpus: 1,
+        possible_vcpus: 8,
         memory_bytes: 8 * MIB,
         cmdline: String::new(),
     }

@@ -117,6 +117,7 @@ impl Here {
         let spec = VmSpec {
             id: dir.id().to_owned(),
             vcpus: 1,
+            possible_vcpus: 0,
             memory_bytes: MEMORY,
             added_memory_bytes: 0,
             vmm: self.paths.vmm(),
@@ -138,11 +139,7 @@ impl Here {
 }
 
 pub fn shape() -> Shape {
-    Shape {
-        vcpus: 1,
-        memory_bytes: MEMORY,
-        cmdline: String::new(),
-    }
+    Shape::serving(1, MEMORY, "")
 }
 
 /// Runs a test's future.

@@ -44,6 +44,8 @@ pub struct Facts {
     pub tsc_khz: Option<u32>,
     /// There is a serial port.
     pub console: bool,
+    /// So many CPUs are there, of more that the kernel is told of: it would wait ten seconds for each of the others.
+    pub max_cpus: Option<u32>,
 }
 
 /// The whole command line; `extra` is the caller's and comes last, so that it can override.
@@ -59,6 +61,9 @@ pub fn build(facts: &Facts, extra: &str) -> Result<String, BootError> {
     if facts.emulated {
         line.push(' ');
         line.push_str(NO_HARDWARE_KVM);
+    }
+    if let Some(cpus) = facts.max_cpus {
+        let _ = write!(line, " maxcpus={cpus}");
     }
     line.push(' ');
     line.push_str(if facts.console { CONSOLE } else { NO_CONSOLE });
@@ -107,12 +112,13 @@ mod tests {
             emulated: true,
             tsc_khz: Some(2_400_000),
             console: true,
+            max_cpus: Some(1),
         };
         let line = build(&facts, "debug init=/agent").unwrap();
         let start = format!("{ALWAYS} tsc_early_khz=2400000 syscall_by_fault ");
         assert!(line.starts_with(&start), "{line}");
         assert!(line.ends_with(
-            ",xsaveopt 8250.nr_uarts=1 console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 \
+            ",xsaveopt maxcpus=1 8250.nr_uarts=1 console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 \
              virtio_mmio.device=4K@0xd0001000:6 debug init=/agent"
         ));
         assert!(!line.contains("  "), "two spaces in {line:?}");
@@ -135,6 +141,7 @@ mod tests {
     fn hardware_needs_none_of_the_words_for_the_emulator() {
         let line = build(&Facts::default(), "").unwrap();
         assert!(!line.contains("clearcpuid") && !line.contains("mitigations"));
+        assert!(!line.contains("maxcpus"), "every processor is there");
     }
 
     #[test]
@@ -144,6 +151,7 @@ mod tests {
             emulated: true,
             tsc_khz: Some(u32::MAX),
             console: true,
+            max_cpus: Some(31),
         };
         let extra = "x".repeat(512);
         build(&facts, &extra).unwrap();

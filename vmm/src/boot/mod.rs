@@ -91,7 +91,7 @@ pub struct BootImage<'a> {
     pub initrd: Option<File>,
     /// The whole command line: see [`cmdline::build`].
     pub cmdline: &'a str,
-    /// 1 to [`layout::MAX_VCPUS`].
+    /// Those that the guest is told of: 1 to [`layout::MAX_VCPUS`].
     pub vcpus: u32,
     /// Fresh randomness of the host: the guest has some before it has devices, also where RDRAND is hidden.
     pub seed: [u8; layout::SEED_BYTES],

@@ -121,6 +121,10 @@ fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal
         memory: file(configure.memory_fd, "memory_fd")?,
         memory_bytes: configure.memory_bytes,
         vcpus: configure.vcpus,
+        possible_vcpus: match configure.possible_vcpus {
+            0 => configure.vcpus,
+            possible => possible,
+        },
         kernel: file(configure.kernel_fd, "kernel_fd")?,
         initrd: configure
             .initrd_fd

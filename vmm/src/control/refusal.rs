@@ -55,7 +55,9 @@ impl Refusal {
 
 fn of_machine(error: &MachineError) -> ErrorKind {
     match error {
-        MachineError::Vcpus(_) | MachineError::Slots(_) => INVALID,
+        MachineError::Vcpus(_) | MachineError::PossibleVcpus { .. } | MachineError::Slots(_) => {
+            INVALID
+        }
         MachineError::State { .. } => ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
         MachineError::Memory(error) => of_memory(error),
         // Kernel, initrd and command line are the caller's, and so is the memory that they do not fit into.

@@ -13,6 +13,14 @@ pub enum MachineError {
     /// Too few or too many vCPUs.
     #[error("a machine has 1 to 32 vCPUs, not {0}")]
     Vcpus(u32),
+    /// The guest cannot be told of so many.
+    #[error("the guest of a machine with {count} vCPUs is told of {count} to 32, not {possible}")]
+    PossibleVcpus {
+        /// How many there are.
+        count: u32,
+        /// How many the guest was to be told of.
+        possible: u32,
+    },
     /// KVM refused something.
     #[error("{action}: {source}")]
     Kvm {

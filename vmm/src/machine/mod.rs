@@ -60,6 +60,8 @@ pub struct MachineConfig {
     pub memory_bytes: u64,
     /// 1 to 32.
     pub vcpus: u32,
+    /// The CPUs that the guest is told of: at least `vcpus`, at most 32. A machine restored from this one may have so many.
+    pub possible_vcpus: u32,
     /// An ELF vmlinux for x86-64.
     pub kernel: File,
     /// An uncompressed cpio archive.
@@ -109,7 +111,9 @@ pub struct Machine {
     slots: Slots,
     spares: u32,
     facts: cmdline::Facts,
+    // vCPUs of this machine, and those that its guest knows of.
     count: u32,
+    possible: u32,
     origin: Option<Origin>,
     // Of KVM's floating point state on this host; asked for while the process may.
     xsave_bytes: usize,
@@ -160,20 +164,21 @@ impl Machine {
     /// # Errors
     /// A configuration that cannot be, or KVM refuses: see [`MachineError`].
     pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
-        check_vcpus(config.vcpus)?;
+        check_vcpus(config.vcpus, config.possible_vcpus)?;
+        let vcpus = (config.vcpus, config.possible_vcpus);
         let memory = memory::map(config.memory, config.memory_bytes)?;
         let origin = Origin::Boot(Image {
             kernel: config.kernel,
             initrd: config.initrd,
             cmdline: config.cmdline,
         });
-        Self::make(config.kvm, memory, config.vcpus, config.console, origin)
+        Self::make(config.kvm, memory, vcpus, config.console, origin)
     }
 
     fn make(
         kvm_device: File,
         memory: GuestMemory,
-        vcpus: u32,
+        (count, possible): (u32, u32),
         console: Option<File>,
         origin: Origin,
     ) -> Result<Self, MachineError> {
@@ -187,6 +192,7 @@ impl Machine {
         let facts = cmdline::Facts {
             emulated: host_cpuid.emulated(),
             console: console.is_some(),
+            max_cpus: (count < possible).then_some(count),
             ..cmdline::Facts::default()
         };
         if let Some(output) = console {
@@ -205,7 +211,8 @@ impl Machine {
             slots: Slots::default(),
             spares: 0,
             facts,
-            count: vcpus,
+            count,
+            possible,
             origin: Some(origin),
             xsave_bytes,
             state: State::Configured,
@@ -294,7 +301,7 @@ impl Machine {
         })?;
         let mut vcpus = Vec::new();
         for index in 0..self.count {
-            vcpus.push(setup::create(&self.vm, &self.host, index, self.count)?);
+            vcpus.push(setup::create(&self.vm, &self.host, index, self.possible)?);
         }
         self.facts.tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
         match origin {
@@ -326,7 +333,7 @@ impl Machine {
             kernel: image.kernel,
             initrd: image.initrd,
             cmdline: &line,
-            vcpus: self.count,
+            vcpus: self.possible,
             seed: seed()?,
         };
         let entry = boot::load(&self.memory.memory(), image)?;
@@ -459,10 +466,13 @@ impl Drop for Machine {
     }
 }
 
-fn check_vcpus(count: u32) -> Result<(), MachineError> {
-    match (1..=layout::MAX_VCPUS).contains(&count) {
+fn check_vcpus(count: u32, possible: u32) -> Result<(), MachineError> {
+    if !(1..=layout::MAX_VCPUS).contains(&count) {
+        return Err(MachineError::Vcpus(count));
+    }
+    match (count..=layout::MAX_VCPUS).contains(&possible) {
         true => Ok(()),
-        false => Err(MachineError::Vcpus(count)),
+        false => Err(MachineError::PossibleVcpus { count, possible }),
     }
 }
 

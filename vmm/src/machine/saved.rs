@@ -27,7 +27,8 @@ pub struct RestoreConfig {
     pub memory_bytes: u64,
     /// Memory that the machine gets in addition; the last of its devices gives it to the guest.
     pub added: Option<AddedMemory>,
-    /// 1 to 32.
+    /// At least as many as were saved, at most as many as the guest knows of. Those that were not saved wait for the guest to
+    /// start them.
     pub vcpus: u32,
     /// The snapshot's state, from [`file::read`].
     pub state: MachineState,
@@ -46,14 +47,15 @@ impl Machine {
     /// # Errors
     /// The snapshot is of another shape, its memory file another one's, or KVM refuses: see [`MachineError`].
     pub fn restore(config: RestoreConfig) -> Result<Self, MachineError> {
-        check_vcpus(config.vcpus)?;
         let state = config.state;
+        let vcpus = (config.vcpus, state.possible_vcpus);
         check_shape("memory bytes", state.memory_bytes, config.memory_bytes)?;
-        check_shape("vCPUs", state.vcpus.len() as u64, config.vcpus.into())?;
+        check_count(state.vcpus.len(), state.possible_vcpus, config.vcpus)?;
+        check_vcpus(config.vcpus, state.possible_vcpus)?;
         pages::check(&config.memory, config.memory_bytes, &state.samples)?;
         let memory = memory::map_private(config.memory, config.memory_bytes, config.added)?;
         let origin = Origin::Saved(Box::new(state));
-        Self::make(config.kvm, memory, config.vcpus, None, origin)
+        Self::make(config.kvm, memory, vcpus, None, origin)
     }
 
     /// The state of a paused machine, but for its devices and its memory.
@@ -84,6 +86,7 @@ impl Machine {
                 .map(GuestMemoryRegion::len)
                 .sum(),
             vcpus,
+            possible_vcpus: self.possible,
             spare_slots: self.spares,
             chips: Some(self.save_chips()?).into(),
             ..MachineState::default()
@@ -123,6 +126,11 @@ impl Machine {
         for ((index, vcpu), saved) in (0..).zip(vcpus).zip(&saved.vcpus) {
             state::restore(vcpu, index, saved)?;
         }
+        if let Some(first) = saved.vcpus.first() {
+            for (index, vcpu) in (0..).zip(vcpus).skip(saved.vcpus.len()) {
+                state::join_clock(vcpu, index, first)?;
+            }
+        }
         let chips = saved.chips.as_ref().ok_or(SnapshotError::Part {
             what: "the interrupt controllers' state",
         })?;
@@ -144,7 +152,7 @@ impl Machine {
         Processor {
             cpuid: self
                 .host
-                .for_vcpu(0, self.count)
+                .for_vcpu(0, self.possible)
                 .as_slice()
                 .iter()
                 .map(bytes)
@@ -191,6 +199,22 @@ impl Machine {
     }
 }
 
+/// A machine has every vCPU that was saved; the guest can start others that it knows of.
+fn check_count(saved: usize, possible: u32, wanted: u32) -> Result<(), SnapshotError> {
+    let enough = usize::try_from(wanted).is_ok_and(|wanted| wanted >= saved);
+    if enough && wanted <= possible {
+        return Ok(());
+    }
+    Err(SnapshotError::Shape {
+        what: "vCPUs",
+        saved: match usize::try_from(possible) {
+            Ok(most) if most > saved => format!("{saved} to {possible}"),
+            _ => saved.to_string(),
+        },
+        wanted: wanted.to_string(),
+    })
+}
+
 fn check_shape(what: &'static str, saved: u64, wanted: u64) -> Result<(), SnapshotError> {
     match saved == wanted {
         true => Ok(()),
@@ -199,5 +223,30 @@ fn check_shape(what: &'static str, saved: u64, wanted: u64) -> Result<(), Snapsh
             saved: saved.to_string(),
             wanted: wanted.to_string(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_the_saved_vcpus_and_at_most_the_possible_ones() {
+        for (saved, possible, wanted) in [(1, 8, 1), (1, 8, 8), (2, 2, 2), (3, 8, 5)] {
+            check_count(saved, possible, wanted).unwrap();
+        }
+        let refused = |saved, possible, wanted| {
+            let error = check_count(saved, possible, wanted).unwrap_err();
+            error.to_string()
+        };
+        let text = refused(1, 8, 9);
+        assert!(text.contains("vCPUs 1 to 8, and this one 9"), "{text}");
+        let text = refused(3, 8, 2);
+        assert!(text.contains("vCPUs 3 to 8, and this one 2"), "{text}");
+        let text = refused(2, 2, 3);
+        assert!(text.contains("vCPUs 2, and this one 3"), "{text}");
+        refused(2, 2, 0);
+        // A state that contradicts itself.
+        refused(4, 2, 4);
     }
 }

@@ -62,7 +62,7 @@ impl HostCpuid {
         !offered && __cpuid(FEATURES).ecx & XSAVE != 0
     }
 
-    /// For vCPU `index` of `count`, whose APIC id is its index: one package, one thread a core.
+    /// For vCPU `index` of the `count` that the guest knows of, whose APIC id is its index: one package, one thread a core.
     pub fn for_vcpu(&self, index: u32, count: u32) -> CpuId {
         let emulated = self.emulated();
         let mut cpuid = self.entries.clone();

@@ -28,7 +28,7 @@ const DELIVER_NMI: u32 = 4 << 8;
 const DELIVER_EXTINT: u32 = 7 << 8;
 const DELIVERY_AND_MASK: u32 = (7 << 8) | (1 << 16);
 
-/// Makes vCPU `index` of `count`. Each but the first waits for the guest to start it (INIT, SIPI).
+/// Makes vCPU `index` of the `count` that the guest knows of. Each but the first waits for the guest to start it (INIT, SIPI).
 ///
 /// # Errors
 /// KVM refuses something.

@@ -67,6 +67,7 @@ pub fn config(kvm: File, kernel: File, vcpus: u32) -> MachineConfig {
         memory,
         memory_bytes: MEMORY,
         vcpus,
+        possible_vcpus: vcpus,
         kernel,
         initrd: None,
         cmdline: String::new(),

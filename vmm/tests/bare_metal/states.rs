@@ -132,6 +132,14 @@ fn what_cannot_be_a_machine_is_refused() {
         let error = new(&|config| config.vcpus = vcpus).unwrap_err();
         assert!(matches!(error, MachineError::Vcpus(n) if n == vcpus));
     }
+    for possible in [0, 1, 33] {
+        let error = new(&|config| (config.vcpus, config.possible_vcpus) = (2, possible));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("2 to 32, not {possible}")),
+            "{error}"
+        );
+    }
     let error = new(&|config| config.memory_bytes = MEMORY * 2).unwrap_err();
     let kind = matches!(error, MachineError::Memory(MemoryError::FileSize { .. }));
     assert!(kind, "{error}");

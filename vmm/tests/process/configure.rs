@@ -112,6 +112,12 @@ const VSOCK: fn(u64) -> Device = |guest_cid| {
 const INVALID: &[Change] = &[
     ("no vCPU", |given| given.configure.vcpus = 0),
     ("33 vCPUs", |given| given.configure.vcpus = 33),
+    ("fewer vCPUs to know of than there are", |given| {
+        (given.configure.vcpus, given.configure.possible_vcpus) = (2, 1);
+    }),
+    ("33 vCPUs to know of", |given| {
+        given.configure.possible_vcpus = 33;
+    }),
     ("a missing descriptor", |given| {
         given.configure.kernel_fd = 9
     }),

@@ -110,9 +110,15 @@ fn stop(mut vmm: Vmm) {
 
 /// A counting guest, running, or nothing where that cannot be.
 fn counting_machine(vcpus: u32) -> Option<Vmm> {
+    counting_machine_of(vcpus, 0)
+}
+
+/// The same with a guest that is told of `possible` vCPUs.
+fn counting_machine_of(vcpus: u32, possible: u32) -> Option<Vmm> {
     let mut vmm = Vmm::start()?;
     let mut given = Given::new(counting())?;
     given.configure.vcpus = vcpus;
+    given.configure.possible_vcpus = possible;
     given.add_devices(vmm.sockets.path(), 64);
     vmm.done(Call::Configure(given.configure), &fds(&given.files));
     vmm.done(Call::Start(Start::default()), &[]);
@@ -162,6 +168,48 @@ fn a_machine_goes_on_in_other_processes_where_it_was_saved() {
         // The file is every clone's: none has written to it.
         assert_eq!(saved.word(COUNTER), count);
         stop(vmm);
+    }
+}
+
+/// Goes on from `saved` with so many vCPUs; the reason if it may not.
+fn with_vcpus(saved: &Saved, vcpus: u32) -> Result<Vmm, String> {
+    let mut vmm = Vmm::start().unwrap();
+    let mut given = saved.given(&vmm);
+    given.configure.vcpus = vcpus;
+    match vmm.call(Call::Configure(given.configure), &fds(&given.files)) {
+        reply::Body::Error(error) => {
+            stop_unconfigured(vmm);
+            Err(error.message)
+        }
+        reply::Body::Done(_) => {
+            vmm.done(Call::Start(Start::default()), &[]);
+            Ok(vmm)
+        }
+        other => panic!("{other:?}; log: {}", vmm.log()),
+    }
+}
+
+#[test]
+fn a_machine_goes_on_with_more_of_the_vcpus_that_its_guest_knows_of() {
+    let _alone = alone();
+    let Some(mut first) = counting_machine_of(1, 4) else {
+        return;
+    };
+    let saved = snapshot_past(&mut first, 1);
+    stop(first);
+    let mut second = with_vcpus(&saved, 2).unwrap();
+    let later = snapshot_past(&mut second, saved.word(COUNTER) + 1);
+    stop(second);
+    let mut third = with_vcpus(&later, 4).unwrap();
+    snapshot_past(&mut third, later.word(COUNTER) + 1);
+    stop(third);
+    for (saved, vcpus, why) in [
+        (&saved, 5, "vCPUs 1 to 4, and this one 5"),
+        (&later, 1, "vCPUs 2 to 4, and this one 1"),
+        (&later, 33, "vCPUs 2 to 4, and this one 33"),
+    ] {
+        let refused = with_vcpus(saved, vcpus).err().unwrap();
+        assert!(refused.contains(why), "{refused}");
     }
 }
 
