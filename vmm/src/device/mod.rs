@@ -49,6 +49,9 @@ pub enum DeviceError {
     /// The transport called an inactive device, or activated an active one or one with the wrong queues.
     #[error("device used in the wrong state: {0}")]
     State(&'static str),
+    /// What the guest has of it cannot be saved, or what was saved is not what a device of its kind writes.
+    #[error("{0}")]
+    Snapshot(&'static str),
 }
 
 /// Tells the driver that a queue or the configuration has changed. Implemented by each transport.
@@ -181,7 +184,7 @@ pub trait Device: Send {
     /// Takes part in a snapshot. Devices that keep nothing between calls have nothing to do.
     ///
     /// # Errors
-    /// [`DeviceError::State`]: what the guest has of it cannot be saved.
+    /// [`DeviceError::Snapshot`]: what the guest has of it cannot be saved, or the device does not take what was saved.
     fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
         let _ = step;
         Ok(())

@@ -14,8 +14,9 @@ const MAGIC: [u8; 8] = *b"CELLASNP";
 const FORMAT: u32 = 1;
 const DIGEST_BYTES: usize = 32;
 const HEADER_BYTES: usize = MAGIC.len() + 4 + 4 + DIGEST_BYTES;
-/// The most that a state can have: 32 vCPUs of about 10 KiB each, and some devices.
-const MAX_STATE: u64 = 4 << 20;
+/// The most that a state can have: 32 vCPUs of about 10 KiB each, and some devices. A guest may hold as many files of a shared
+/// directory as the VMM has descriptors, half a million, each with its name.
+const MAX_STATE: u64 = 64 << 20;
 /// The version that a state file names.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

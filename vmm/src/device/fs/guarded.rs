@@ -8,12 +8,14 @@
 //! | files held are counted ([`Budget`]) | the descriptors are the process's |
 //! | inode numbers are the server's own | files of different mounts in the share have the same numbers on the host |
 //!
+//! It knows what the guest holds and by which names it can be found ([`Held`]), for a snapshot ([`super::saved`]). The guest's
+//! numbers are not always the server's ([`super::numbers`]): all that it sees and says are translated here. The server holds an inode
+//! until the guest's last lookup is forgotten; how many there are is counted here alone.
+//!
 //! A long file because FUSE has many operations: one method each, most of which only pass on.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -24,11 +26,10 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
-use rustix::fs::{AtFlags, CWD};
-
-use super::budget::Budget;
-use super::content::Contents;
+use super::budget::{Budget, Opened};
 use super::descriptor;
+use super::held::Held;
+use super::names::Place;
 
 /// Directory entries are read in pieces of at most this many bytes, whatever the guest has room for.
 const MAX_READDIR: u32 = 64 * 1024;
@@ -44,6 +45,8 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_SYNC
     | libc::O_LARGEFILE
     | libc::O_DIRECTORY;
+/// Of these, what an open file goes on with: the rest had its effect.
+pub const OPENED_FLAGS: i32 = OPEN_FLAGS & !libc::O_TRUNC;
 /// Flags that a create may have besides.
 const CREATE_FLAGS: i32 = libc::O_CREAT | libc::O_EXCL;
 /// Flags that the kernel changes on an open file.
@@ -63,87 +66,115 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
 /// See the module.
 pub struct Guarded {
     inner: PassthroughFs,
-    budget: Mutex<Budget>,
-    contents: Mutex<Contents>,
-    // A session was begun and not ended.
-    mounted: AtomicBool,
+    held: Mutex<Held>,
 }
 
 impl Guarded {
-    /// Whether a guest has the file system mounted: it may hold inodes and files that exist in this process alone.
-    pub fn is_mounted(&self) -> bool {
-        self.mounted.load(Ordering::SeqCst)
-    }
-
     /// Guards `inner`, within `budget`.
     pub fn new(inner: PassthroughFs, budget: Budget) -> Self {
         Self {
             inner,
-            budget: Mutex::new(budget),
-            contents: Mutex::default(),
-            mounted: AtomicBool::new(false),
+            held: Mutex::new(Held::new(budget)),
         }
     }
 
-    // Both are whole after every step.
-    fn budget(&self) -> MutexGuard<'_, Budget> {
-        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What the guest holds; whole after every step.
+    pub fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn contents(&self) -> MutexGuard<'_, Contents> {
-        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The server.
+    pub fn inner(&self) -> &PassthroughFs {
+        &self.inner
+    }
+
+    // The server's number of the guest's inode.
+    fn inode(&self, inode: u64) -> io::Result<u64> {
+        self.held().inodes.server(inode)
+    }
+
+    // The server's numbers of the guest's inode and handle.
+    fn file(&self, inode: u64, handle: u64) -> io::Result<(u64, u64)> {
+        let held = self.held();
+        Ok((held.inodes.server(inode)?, held.handles.server(handle)?))
+    }
+
+    fn file_or_inode(&self, inode: u64, handle: Option<u64>) -> io::Result<(u64, Option<u64>)> {
+        let held = self.held();
+        let handle = handle.map(|handle| held.handles.server(handle));
+        Ok((held.inodes.server(inode)?, handle.transpose()?))
     }
 
     // Before anything is made that could not be held.
     fn can_hold(&self) -> io::Result<()> {
-        match self.budget().is_spent() {
+        match self.held().budget.is_spent() {
             true => Err(errno(libc::ENFILE)),
             false => Ok(()),
         }
     }
 
-    // Counts an entry that goes to the guest.
-    fn hold(&self, ctx: &Context, mut entry: Entry) -> io::Result<Entry> {
-        if !self.budget().look_up(entry.inode) {
-            self.inner.forget(ctx, entry.inode, 1);
+    // Counts an entry that goes to the guest, under the guest's number.
+    fn hold(&self, ctx: &Context, place: Place<'_>, mut entry: Entry) -> io::Result<Entry> {
+        let held = &mut *self.held();
+        let server = entry.inode;
+        entry.inode = held.inodes.guest(server);
+        if !held.budget.look_up(entry.inode) {
+            self.inner.forget(ctx, server, 1);
             return Err(errno(libc::ENFILE));
         }
+        held.names.found(place, entry.inode, entry.attr.st_mode);
         entry.attr.st_ino = entry.inode;
         Ok(entry)
     }
 
-    // An entry of something just made, for which there was room.
+    // An entry of something just made in a directory, by its server's number, for which there was room.
     fn make(
         &self,
         ctx: &Context,
-        make: impl FnOnce(&PassthroughFs) -> io::Result<Entry>,
+        place: Place<'_>,
+        make: impl FnOnce(&PassthroughFs, u64) -> io::Result<Entry>,
     ) -> io::Result<Entry> {
         self.can_hold()?;
-        let entry = make(&self.inner)?;
-        self.hold(ctx, entry)
+        let entry = make(&self.inner, self.inode(place.0)?)?;
+        self.hold(ctx, place, entry)
     }
 
-    fn counted<T>(&self, opened: io::Result<T>) -> io::Result<T> {
-        if opened.is_ok() {
-            self.budget().open();
-        }
-        opened
+    // Counts an open file; the guest's number of its handle.
+    fn opened(&self, handle: Option<u64>, opened: Opened) -> Option<u64> {
+        let held = &mut *self.held();
+        let number = held.handles.guest(handle?);
+        held.budget.open(number, opened);
+        Some(number)
     }
 
-    fn closed(&self, closed: io::Result<()>) -> io::Result<()> {
-        if closed.is_ok() {
-            self.budget().close();
+    fn close(
+        &self,
+        inode: u64,
+        handle: u64,
+        close: impl FnOnce(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if !self.held().budget.is_open(inode, handle) {
+            return Err(errno(libc::EBADF));
         }
-        closed
+        // What a restore has lost the server does not have.
+        if let Ok((inode, handle)) = self.file(inode, handle) {
+            close(inode, handle)?;
+        }
+        self.held().budget.close(handle);
+        Ok(())
     }
 }
 
-fn errno(code: i32) -> io::Error {
+/// The error of an error number.
+pub fn errno(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
 }
 
-// A name that cannot lead out of its directory.
-fn component(name: &CStr) -> io::Result<&CStr> {
+/// `name`, if it cannot lead out of its directory.
+///
+/// # Errors
+/// `EINVAL`: it could.
+pub fn component(name: &CStr) -> io::Result<&CStr> {
     match name.to_bytes() {
         b"" | b"." | b".." => Err(errno(libc::EINVAL)),
         bytes if bytes.contains(&b'/') => Err(errno(libc::EINVAL)),
@@ -151,7 +182,8 @@ fn component(name: &CStr) -> io::Result<&CStr> {
     }
 }
 
-fn masked(flags: u32, allowed: i32) -> u32 {
+/// What is `allowed` of `flags`.
+pub fn masked(flags: u32, allowed: i32) -> u32 {
     // The bits of flags, which are positive.
     flags & allowed as u32
 }
@@ -166,28 +198,6 @@ fn own_number(
     })
 }
 
-// The server links by an empty path, for which the kernel wants CAP_DAC_READ_SEARCH in the host's user namespace.
-// Following the descriptor's link in /proc needs nothing.
-fn link(
-    inner: &PassthroughFs,
-    ctx: &Context,
-    inode: u64,
-    newparent: u64,
-    name: &CStr,
-) -> io::Result<()> {
-    let Ok(file) = descriptor::open(inner, ctx, inode) else {
-        // Not a regular file: only the server can.
-        return inner.link(ctx, inode, newparent, name).map(|entry| {
-            // Looked up once more by the caller.
-            inner.forget(ctx, entry.inode, 1);
-        });
-    };
-    let directory = descriptor::open(inner, ctx, newparent)?;
-    let old = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let follow = AtFlags::SYMLINK_FOLLOW;
-    Ok(rustix::fs::linkat(CWD, old, directory, name, follow)?)
-}
-
 impl FileSystem for Guarded {
     type Inode = u64;
     type Handle = u64;
@@ -197,26 +207,32 @@ impl FileSystem for Guarded {
         let capable = capable.difference(FsOptions::PERFILE_DAX);
         // A new session begins with nothing held.
         self.destroy();
-        self.mounted.store(true, Ordering::SeqCst);
-        Ok(self.inner.init(capable)? | OPTIONS)
+        let options = self.inner.init(capable)? | OPTIONS;
+        self.held().options = capable;
+        Ok(options)
     }
 
     fn destroy(&self) {
-        self.mounted.store(false, Ordering::SeqCst);
         self.inner.destroy();
-        self.budget().clear();
-        self.contents().clear();
+        self.held().clear();
     }
 
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let entry = self.inner.lookup(ctx, parent, component(name)?)?;
-        self.hold(ctx, entry)
+        let name = component(name)?;
+        let entry = self.inner.lookup(ctx, self.inode(parent)?, name)?;
+        self.hold(ctx, (parent, name), entry)
     }
 
     fn forget(&self, ctx: &Context, inode: u64, count: u64) {
-        self.inner.forget(ctx, inode, count);
-        if self.budget().forget(inode, count) {
-            self.contents().forget(inode);
+        let held = &mut *self.held();
+        if !held.budget.forget(inode, count) {
+            return;
+        }
+        held.names.forget(inode);
+        held.contents.forget(inode);
+        if let Ok(server) = held.inodes.server(inode) {
+            // All of them: after a restore the server has not counted as many as the guest.
+            self.inner.forget(ctx, server, u64::MAX);
         }
     }
 
@@ -232,7 +248,8 @@ impl FileSystem for Guarded {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
-        own_number(inode, self.inner.getattr(ctx, inode, handle))
+        let (server, handle) = self.file_or_inode(inode, handle)?;
+        own_number(inode, self.inner.getattr(ctx, server, handle))
     }
 
     fn setattr(
@@ -243,11 +260,12 @@ impl FileSystem for Guarded {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        own_number(inode, self.inner.setattr(ctx, inode, attr, handle, valid))
+        let (server, handle) = self.file_or_inode(inode, handle)?;
+        own_number(inode, self.inner.setattr(ctx, server, attr, handle, valid))
     }
 
     fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
-        self.inner.readlink(ctx, inode)
+        self.inner.readlink(ctx, self.inode(inode)?)
     }
 
     fn symlink(
@@ -258,21 +276,23 @@ impl FileSystem for Guarded {
         name: &CStr,
     ) -> io::Result<Entry> {
         let name = component(name)?;
-        self.make(ctx, |inner| inner.symlink(ctx, linkname, parent, name))
+        self.make(ctx, (parent, name), |inner, parent| {
+            inner.symlink(ctx, linkname, parent, name)
+        })
     }
 
     fn mknod(
         &self,
         ctx: &Context,
-        inode: u64,
+        parent: u64,
         name: &CStr,
         mode: u32,
         rdev: u32,
         umask: u32,
     ) -> io::Result<Entry> {
         let name = component(name)?;
-        self.make(ctx, |inner| {
-            inner.mknod(ctx, inode, name, mode, rdev, umask)
+        self.make(ctx, (parent, name), |inner, parent| {
+            inner.mknod(ctx, parent, name, mode, rdev, umask)
         })
     }
 
@@ -285,15 +305,23 @@ impl FileSystem for Guarded {
         umask: u32,
     ) -> io::Result<Entry> {
         let name = component(name)?;
-        self.make(ctx, |inner| inner.mkdir(ctx, parent, name, mode, umask))
+        self.make(ctx, (parent, name), |inner, parent| {
+            inner.mkdir(ctx, parent, name, mode, umask)
+        })
     }
 
     fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.inner.unlink(ctx, parent, component(name)?)
+        let name = component(name)?;
+        self.inner.unlink(ctx, self.inode(parent)?, name)?;
+        self.held().names.removed((parent, name));
+        Ok(())
     }
 
     fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.inner.rmdir(ctx, parent, component(name)?)
+        let name = component(name)?;
+        self.inner.rmdir(ctx, self.inode(parent)?, name)?;
+        self.held().names.removed((parent, name));
+        Ok(())
     }
 
     fn rename(
@@ -305,15 +333,24 @@ impl FileSystem for Guarded {
         newname: &CStr,
         flags: u32,
     ) -> io::Result<()> {
-        let (old, new) = (component(oldname)?, component(newname)?);
-        self.inner.rename(ctx, olddir, old, newdir, new, flags)
+        let old = (olddir, component(oldname)?);
+        let new = (newdir, component(newname)?);
+        let (from, to) = (self.inode(olddir)?, self.inode(newdir)?);
+        self.inner.rename(ctx, from, old.1, to, new.1, flags)?;
+        let names = &mut self.held().names;
+        match flags & libc::RENAME_EXCHANGE {
+            0 => names.moved(old, new),
+            _ => names.exchanged(old, new),
+        }
+        Ok(())
     }
 
     fn link(&self, ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
         let name = component(newname)?;
-        self.make(ctx, |inner| {
-            link(inner, ctx, inode, newparent, name)?;
-            inner.lookup(ctx, newparent, name)
+        let inode = self.inode(inode)?;
+        self.make(ctx, (newparent, name), |inner, parent| {
+            descriptor::link(inner, ctx, inode, parent, name)?;
+            inner.lookup(ctx, parent, name)
         })
     }
 
@@ -326,14 +363,19 @@ impl FileSystem for Guarded {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         self.can_hold()?;
         let flags = masked(flags, OPEN_FLAGS);
-        let opened = self.inner.open(ctx, inode, flags, fuse_flags);
-        let (handle, mut options, passthrough) = self.counted(opened)?;
-        if let Ok((stat, _)) = self.inner.getattr(ctx, inode, handle)
-            && self.contents().open(inode, &stat)
+        let server = self.inode(inode)?;
+        let (handle, mut options, passthrough) = self.inner.open(ctx, server, flags, fuse_flags)?;
+        if let Ok((stat, _)) = self.inner.getattr(ctx, server, handle)
+            && self.held().contents.open(inode, &stat)
         {
             options |= OpenOptions::KEEP_CACHE;
         }
-        Ok((handle, options, passthrough))
+        let opened = Opened {
+            inode,
+            flags: masked(flags, OPENED_FLAGS),
+            directory: false,
+        };
+        Ok((self.opened(handle, opened), options, passthrough))
     }
 
     fn create(
@@ -349,10 +391,15 @@ impl FileSystem for Guarded {
             flags: masked(args.flags, OPEN_FLAGS | CREATE_FLAGS),
             ..args
         };
-        let (entry, handle, options, passthrough) = self.inner.create(ctx, parent, name, args)?;
-        let entry = self.hold(ctx, entry)?;
-        self.budget().open();
-        Ok((entry, handle, options, passthrough))
+        let server = self.inode(parent)?;
+        let (entry, handle, options, passthrough) = self.inner.create(ctx, server, name, args)?;
+        let entry = self.hold(ctx, (parent, name), entry)?;
+        let opened = Opened {
+            inode: entry.inode,
+            flags: masked(args.flags, OPENED_FLAGS),
+            directory: false,
+        };
+        Ok((entry, self.opened(handle, opened), options, passthrough))
     }
 
     fn read(
@@ -366,6 +413,7 @@ impl FileSystem for Guarded {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        let (inode, handle) = self.file(inode, handle)?;
         let flags = masked(flags, FILE_FLAGS);
         self.inner
             .read(ctx, inode, handle, w, size, offset, lock_owner, flags)
@@ -384,6 +432,7 @@ impl FileSystem for Guarded {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
+        let (inode, handle) = self.file(inode, handle)?;
         let flags = masked(flags, FILE_FLAGS);
         self.inner.write(
             ctx,
@@ -400,10 +449,12 @@ impl FileSystem for Guarded {
     }
 
     fn flush(&self, ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
+        let (inode, handle) = self.file(inode, handle)?;
         self.inner.flush(ctx, inode, handle, lock_owner)
     }
 
     fn fsync(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        let (inode, handle) = self.file(inode, handle)?;
         self.inner.fsync(ctx, inode, datasync, handle)
     }
 
@@ -416,6 +467,7 @@ impl FileSystem for Guarded {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        let (inode, handle) = self.file(inode, handle)?;
         self.inner
             .fallocate(ctx, inode, handle, mode, offset, length)
     }
@@ -430,13 +482,14 @@ impl FileSystem for Guarded {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.closed(
+        self.close(inode, handle, |inode, handle| {
             self.inner
-                .release(ctx, inode, flags, handle, flush, flock_release, lock_owner),
-        )
+                .release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+        })
     }
 
     fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64> {
+        let inode = self.inode(inode)?;
         self.inner.statfs(ctx, inode)
     }
 
@@ -448,6 +501,7 @@ impl FileSystem for Guarded {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
+        let inode = self.inode(inode)?;
         self.inner.setxattr(ctx, inode, name, value, flags)
     }
 
@@ -458,14 +512,17 @@ impl FileSystem for Guarded {
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
+        let inode = self.inode(inode)?;
         self.inner.getxattr(ctx, inode, name, size.min(MAX_XATTR))
     }
 
     fn listxattr(&self, ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        let inode = self.inode(inode)?;
         self.inner.listxattr(ctx, inode, size.min(MAX_XATTR))
     }
 
     fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        let inode = self.inode(inode)?;
         self.inner.removexattr(ctx, inode, name)
     }
 
@@ -476,8 +533,14 @@ impl FileSystem for Guarded {
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
         self.can_hold()?;
-        let flags = masked(flags, OPEN_FLAGS & !libc::O_TRUNC);
-        self.counted(self.inner.opendir(ctx, inode, flags))
+        let flags = masked(flags, OPENED_FLAGS);
+        let (handle, options) = self.inner.opendir(ctx, self.inode(inode)?, flags)?;
+        let opened = Opened {
+            inode,
+            flags,
+            directory: true,
+        };
+        Ok((self.opened(handle, opened), options))
     }
 
     fn readdir(
@@ -489,10 +552,15 @@ impl FileSystem for Guarded {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
+        let (inode, handle) = self.file(inode, handle)?;
         let size = size.min(MAX_READDIR);
         // The entries' numbers are the server's own.
+        let mut add = |mut name: DirEntry<'_>| {
+            name.ino = self.held().inodes.guest(name.ino);
+            add_entry(name)
+        };
         self.inner
-            .readdir(ctx, inode, handle, size, offset, add_entry)
+            .readdir(ctx, inode, handle, size, offset, &mut add)
     }
 
     fn readdirplus(
@@ -505,39 +573,52 @@ impl FileSystem for Guarded {
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let size = size.min(MAX_READDIR);
+        let (directory, (server, handle)) = (inode, self.file(inode, handle)?);
         let mut add = |mut name: DirEntry<'_>, mut entry: Entry| {
-            let inode = entry.inode;
-            name.ino = inode;
-            entry.attr.st_ino = inode;
-            let held = self.budget().look_up(inode);
+            let server = entry.inode;
+            let mode = entry.attr.st_mode;
+            let inode = self.held().inodes.guest(server);
+            (name.ino, entry.inode, entry.attr.st_ino) = (inode, inode, inode);
+            let place = name.name;
+            let held = self.held().budget.look_up(inode);
             if !held {
                 // Says that nothing was looked up: the guest asks again when it needs to.
                 entry.inode = 0;
             }
             let added = add_entry(name, entry);
             let taken = matches!(added, Ok(1..));
-            if held && !taken {
-                self.budget().forget(inode, 1);
-            }
-            if !held && taken {
+            match (held, taken) {
+                (true, true) => {
+                    if let Ok(name) = CString::new(place) {
+                        self.held().names.found((directory, &name), inode, mode);
+                    }
+                }
+                (true, false) => {
+                    self.held().budget.forget(inode, 1);
+                }
                 // What did not fit (nothing taken) the inner file system forgets by itself.
-                self.inner.forget(ctx, inode, 1);
+                (false, true) => self.inner.forget(ctx, server, 1),
+                (false, false) => {}
             }
             added
         };
         self.inner
-            .readdirplus(ctx, inode, handle, size, offset, &mut add)
+            .readdirplus(ctx, server, handle, size, offset, &mut add)
     }
 
     fn fsyncdir(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        let (inode, handle) = self.file(inode, handle)?;
         self.inner.fsyncdir(ctx, inode, datasync, handle)
     }
 
     fn releasedir(&self, ctx: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
-        self.closed(self.inner.releasedir(ctx, inode, flags, handle))
+        self.close(inode, handle, |inode, handle| {
+            self.inner.releasedir(ctx, inode, flags, handle)
+        })
     }
 
     fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
+        let inode = self.inode(inode)?;
         self.inner.access(ctx, inode, mask)
     }
 
@@ -549,6 +630,7 @@ impl FileSystem for Guarded {
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
+        let (inode, handle) = self.file(inode, handle)?;
         self.inner.lseek(ctx, inode, handle, offset, whence)
     }
 }

@@ -7,11 +7,19 @@
 //!
 //! The device serves each request on the thread that kicks it, which therefore acts as the guest's users and
 //! waits for the host's disk: it should be a thread of its own (`ThreadKind::Fs`).
+//!
+//! A guest that has it mounted can be saved and goes on in another process, where the directory is the same or a copy of it: it
+//! keeps its numbers, and the files are looked up and opened anew, on that thread, before its first request is served. What is not
+//! there any more is `ESTALE` to it. It cannot be saved while it has a removed file open.
 
 mod budget;
 mod content;
 mod descriptor;
 mod guarded;
+mod held;
+mod names;
+mod numbers;
+mod saved;
 #[cfg(test)]
 mod tests;
 
@@ -20,11 +28,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cella_proto::snapshot::FsState;
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use protobuf::Message;
 use rustix::process::Resource;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -85,6 +95,8 @@ pub struct Fs {
     server: Server<Arc<Guarded>>,
     guarded: Arc<Guarded>,
     active: Lent,
+    // A session of the past that the first kick goes on with: until then this thread is not known to be the one that may open files.
+    restored: Option<FsState>,
 }
 
 impl Fs {
@@ -132,6 +144,7 @@ impl Fs {
             server: Server::new(guarded.clone()),
             guarded,
             active: Lent::default(),
+            restored: None,
         })
     }
 
@@ -252,21 +265,37 @@ impl Device for Fs {
     }
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
+        if let Some(state) = self.restored.take() {
+            let host = |source| DeviceError::Host {
+                action: "going on with a saved guest's files",
+                source,
+            };
+            self.guarded.restore(&state).map_err(host)?;
+        }
         self.serve_queue(index)
     }
 
     fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
         match step {
-            SnapshotStep::Save(_) if self.guarded.is_mounted() => {
-                Err(DeviceError::State("the guest has it mounted"))
+            SnapshotStep::Save(own) => {
+                let saved = match &self.restored {
+                    Some(state) => state.write_to_vec(own),
+                    None => self.guarded.save()?.write_to_vec(own),
+                };
+                saved.map_err(|_| DeviceError::Snapshot("its files do not fit a message"))
             }
-            _ => Ok(()),
+            SnapshotStep::Restore(own) => {
+                let limit = self.guarded.held().budget.limit();
+                self.restored = Some(saved::read(own, limit)?);
+                Ok(())
+            }
         }
     }
 
     fn reset(&mut self) -> Option<Resources> {
         let resources = self.active.give_back()?;
         // A driver that starts anew knows of no file.
+        self.restored = None;
         self.guarded.destroy();
         Some(resources)
     }

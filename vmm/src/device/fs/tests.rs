@@ -3,3 +3,5 @@
 mod client;
 mod hostile;
 mod ordinary;
+mod restore;
+mod states;

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use fuse_backend_rs::abi::fuse_abi::{
     Attr, AttrOut, CreateIn, EntryOut, GetattrIn, InHeader, InitIn, InitOut, Opcode, OpenIn,
-    OpenOut, OutHeader, ReadIn, WriteIn,
+    OpenOut, OutHeader, ReadIn, ReleaseIn, Rename2In, WriteIn,
 };
 use tempfile::TempDir;
 use vm_memory::ByteValued;
 
 use crate::device::fs::budget::Budget;
-use crate::device::fs::{Fs, REQUEST};
+use crate::device::fs::{Fs, HIPRIO, REQUEST};
 use crate::device::testing::MockDriver;
 
 pub const ROOT: u64 = 1;
@@ -40,16 +40,20 @@ impl Client {
     }
 
     pub fn at(root: &Path, budget: Budget) -> Self {
+        let mut client = Self::unmounted(root, budget);
+        client.init().unwrap();
+        client
+    }
+
+    pub fn unmounted(root: &Path, budget: Budget) -> Self {
         let device = Fs::with_budget("share", root, budget).unwrap();
-        let mut client = Self {
+        Self {
             driver: MockDriver::new(device),
             dir: None,
             uid: 0,
             gid: 0,
             unique: 0,
-        };
-        client.init().unwrap();
-        client
+        }
     }
 
     pub fn path(&self) -> PathBuf {
@@ -248,6 +252,29 @@ impl Client {
         Ok(AttrOut::from_slice(&answer).unwrap().attr)
     }
 
+    pub fn release(&mut self, opcode: Opcode, node: u64, fh: u64) -> Answer {
+        let arguments = ReleaseIn {
+            fh,
+            ..ReleaseIn::default()
+        };
+        self.call(opcode, node, arguments.as_slice(), 64)
+    }
+
+    pub fn rename(&mut self, old: (u64, &str), new: (u64, &str), flags: u32) -> Answer {
+        let rename = Rename2In {
+            newdir: new.0,
+            flags,
+            padding: 0,
+        };
+        let body = [rename.as_slice(), &cstr(old.1), &cstr(new.1)].concat();
+        self.call(Opcode::Rename2, old.0, &body, 64)
+    }
+
+    pub fn forget(&mut self, node: u64, count: u64) {
+        let request = self.request(Opcode::Forget as u32, node, &count.to_le_bytes());
+        assert_eq!(self.raw(HIPRIO, &[&request], &[]), b"");
+    }
+
     /// The names in a directory with their inode numbers, by `READDIR` or, with entries, by `READDIRPLUS`.
     pub fn list(&mut self, node: u64, plus: bool) -> Vec<(String, u64, Option<EntryOut>)> {
         let opcode = if plus {
@@ -279,6 +306,15 @@ impl Client {
             }
         }
     }
+}
+
+// Descriptors of this process for files below `dir`; other tests run beside this one.
+pub fn open_below(dir: &Path) -> usize {
+    std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+        .filter(|file| file.starts_with(dir))
+        .count()
 }
 
 pub fn cstr(name: &str) -> Vec<u8> {

@@ -4,12 +4,12 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    FOPEN_IN_KILL_SUIDGID, ForgetOne, FsOptions, Opcode, OpenIn, OpenOptions, Rename2In, SetattrIn,
+    FOPEN_IN_KILL_SUIDGID, ForgetOne, FsOptions, Opcode, OpenIn, OpenOptions, SetattrIn,
     SetattrValid, WRITE_KILL_PRIV,
 };
 use vm_memory::ByteValued;
 
-use super::client::{Client, ROOT, cstr, words_bytes};
+use super::client::{Client, ROOT, cstr, open_below, words_bytes};
 use crate::device::fs::budget::Budget;
 use crate::device::fs::{Fs, FsError, HIPRIO};
 use crate::device::testing::MockDriver;
@@ -97,14 +97,9 @@ fn names_come_and_go() {
     client.create(sub, "a", libc::O_RDWR, 0o600).unwrap();
     let node = client.lookup(sub, "a").unwrap().nodeid;
 
-    let rename = Rename2In {
-        newdir: ROOT,
-        flags: libc::RENAME_NOREPLACE,
-        padding: 0,
-    };
-    let names = [cstr("a"), cstr("b")].concat();
-    let body = [rename.as_slice(), &names].concat();
-    client.call(Opcode::Rename2, sub, &body, 64).unwrap();
+    client
+        .rename((sub, "a"), (ROOT, "b"), libc::RENAME_NOREPLACE)
+        .unwrap();
     assert_eq!(client.lookup(sub, "a").unwrap_err(), libc::ENOENT);
     assert_eq!(client.lookup(ROOT, "b").unwrap().nodeid, node);
 
@@ -370,8 +365,7 @@ fn a_guest_holds_no_more_files_than_its_budget() {
     assert_eq!(client.read(a, handle, 0, 10).unwrap(), b"");
 
     // Forgetting (twice looked up) makes room; there is no answer to it.
-    let request = client.request(Opcode::Forget as u32, a, &2_u64.to_le_bytes());
-    assert_eq!(client.raw(HIPRIO, &[&request], &[]), b"");
+    client.forget(a, 2);
     let c = client.lookup(ROOT, "c").unwrap().nodeid;
     assert_eq!(client.lookup(ROOT, "d").unwrap_err(), libc::ENFILE);
     let one = ForgetOne {
@@ -400,15 +394,6 @@ fn a_listing_beyond_the_budget_names_files_without_holding_them() {
     assert_eq!(held, 9, "ten less the directory's handle");
     // And the share's root.
     assert_eq!(open_below(dir.path()), held + 1 + 1);
-}
-
-// Descriptors of this process for files below `dir`; other tests run beside this one.
-fn open_below(dir: &Path) -> usize {
-    std::fs::read_dir("/proc/self/fd")
-        .unwrap()
-        .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
-        .filter(|file| file.starts_with(dir))
-        .count()
 }
 
 #[test]
