@@ -41,6 +41,7 @@ use self::dir::{OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
 pub use self::saved::Restoration;
 pub use self::start::TemplateUse;
+pub(crate) use self::start::plain_vm_spec;
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, Disk, Hypervisor, Vm};
 use crate::paths::Paths;

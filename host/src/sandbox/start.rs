@@ -413,10 +413,11 @@ fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -
 }
 
 /// The machine of the sandbox in `dir`, without memory and CPUs, and with the devices that each one has.
-pub(super) fn plain_vm_spec(paths: &Paths, dir: &SandboxDir) -> VmSpec {
+pub(crate) fn plain_vm_spec(paths: &Paths, dir: &SandboxDir) -> VmSpec {
     VmSpec {
         id: dir.id().to_owned(),
         vcpus: 0,
+        possible_vcpus: 0,
         memory_bytes: 0,
         added_memory_bytes: 0,
         vmm: paths.vmm(),

@@ -9,10 +9,10 @@ use super::rehearsal::rehearse;
 use super::{Error, Key, Shape, Store};
 use crate::hypervisor::{Hypervisor, Vm, VmSpec};
 use crate::paths::Paths;
-use crate::sandbox::Sandbox;
 use crate::sandbox::agent::AGENT_PORT;
 use crate::sandbox::dir::{self, SandboxDir};
 use crate::sandbox::state::{self, ProcessId, SandboxState};
+use crate::sandbox::{Sandbox, plain_vm_spec};
 
 /// The word that tells the agent what it is for.
 const WORD: &str = "cella_template=1";
@@ -127,25 +127,14 @@ async fn wait_for_word(listener: &UnixListener) -> Result<(), Error> {
 
 pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
     VmSpec {
-        id: dir.id().to_owned(),
         vcpus: shape.vcpus,
         possible_vcpus: shape.possible_vcpus,
         memory_bytes: shape.memory_bytes,
-        added_memory_bytes: 0,
-        vmm: paths.vmm(),
-        kernel: paths.kernel(),
-        initrd: paths.initrd(),
         cmdline: match shape.cmdline.as_str() {
             "" => WORD.to_owned(),
             words => format!("{words} {WORD}"),
         },
-        share: dir.share(),
-        sockets: dir.sockets(),
-        vsock: dir.vsock(),
-        console: None,
         spare_slots: SPARE_SLOTS,
-        nics: Vec::new(),
-        disks: Vec::new(),
-        mounts: Vec::new(),
+        ..plain_vm_spec(paths, dir)
     }
 }
