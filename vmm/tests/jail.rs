@@ -14,6 +14,8 @@
 mod files;
 #[path = "jail/host.rs"]
 mod host;
+#[path = "jail/mounted.rs"]
+mod mounted;
 #[path = "jail/probe.rs"]
 mod probe;
 #[path = "jail/suite.rs"]

@@ -6,9 +6,9 @@
 use std::os::unix::fs::symlink;
 use std::sync::Once;
 
-use cella_vmm::device::Device;
 use cella_vmm::device::fs::Fs;
 use cella_vmm::device::testing::MockDriver;
+use cella_vmm::device::{Device, SnapshotStep};
 use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -84,6 +84,24 @@ fn init() -> Vec<u8> {
     [header(56, 26, 0, 0), body].concat()
 }
 
+// What the device saves of itself, with some bytes changed; or anything at all.
+fn state(driver: &mut MockDriver<Fs>, input: &mut Input<'_>) -> Vec<u8> {
+    let form = input.byte();
+    if form & 1 == 0 {
+        let len = usize::from(input.byte());
+        return input.take(len).to_vec();
+    }
+    let mut own = Vec::new();
+    let _ = driver.device.snapshot(SnapshotStep::Save(&mut own));
+    for _ in 0..form >> 5 {
+        let at = usize::from(input.byte());
+        if let Some(byte) = own.get_mut(at) {
+            *byte = input.byte();
+        }
+    }
+    own
+}
+
 fn step(driver: &mut MockDriver<Fs>, input: &mut Input<'_>) -> bool {
     let queue = match input.byte() {
         255 => HIPRIO,
@@ -91,6 +109,12 @@ fn step(driver: &mut MockDriver<Fs>, input: &mut Input<'_>) -> bool {
             let len = usize::from(input.byte());
             let bytes = input.take(len).to_vec();
             driver.scribble(REQUEST, &bytes);
+            return driver.kick(REQUEST).is_ok();
+        }
+        253 => {
+            let own = state(driver, input);
+            // What is refused leaves the device as it was.
+            let _ = driver.device.snapshot(SnapshotStep::Restore(&own));
             return driver.kick(REQUEST).is_ok();
         }
         _ => REQUEST,

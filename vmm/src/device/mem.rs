@@ -219,7 +219,7 @@ impl Device for Mem {
 
     fn snapshot(&mut self, _step: SnapshotStep<'_>) -> Result<(), DeviceError> {
         // The template of a machine has none of its own to be restored to, and no place for the range.
-        Err(DeviceError::State("memory was added to its machine"))
+        Err(DeviceError::Snapshot("memory was added to its machine"))
     }
 
     fn reset(&mut self) -> Option<Resources> {

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::files;
+use crate::mounted::{self, Guest};
 use cella_vmm::jail::{self, Entered, Jail, ThreadKind};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -74,6 +75,7 @@ fn play(name: &str, orders: &Orders, entered: Entered) {
             let server = files::server();
             in_thread(ThreadKind::Fs, move || files::serve(&server));
         }
+        "mounted" => mounted::play(Guest::new(), Guest::new()),
         "connect" => connect(),
         "costs" => costs(),
         "forbidden" => forbidden(orders),
@@ -104,13 +106,16 @@ pub fn wait_for_line() {
     io::stdin().lock().read_line(&mut line).unwrap();
 }
 
-fn in_thread(kind: ThreadKind, what: impl FnOnce() + Send + 'static) {
+pub fn in_thread<T: Send + 'static>(
+    kind: ThreadKind,
+    what: impl FnOnce() -> T + Send + 'static,
+) -> T {
     std::thread::spawn(move || {
         jail::confine(kind).unwrap();
-        what();
+        what()
     })
     .join()
-    .unwrap();
+    .unwrap()
 }
 
 /// Everything but seccomp and the second Landlock domain, with the file server's capabilities in effect: what a

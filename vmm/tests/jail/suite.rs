@@ -41,6 +41,10 @@ pub const TESTS: &[Test] = &[
         every_request_of_the_file_server_passes_its_filter,
     ),
     (
+        "a_mounted_directory_is_saved_and_taken_up",
+        a_mounted_directory_is_saved_and_taken_up,
+    ),
+    (
         "the_file_server_stays_in_its_directory",
         the_file_server_stays_in_its_directory,
     ),
@@ -345,6 +349,17 @@ fn every_request_of_the_file_server_passes_its_filter() {
     }
     let link = fs::metadata(directories.files().join("directory/link")).unwrap();
     assert_eq!((link.uid(), link.gid(), link.len()), (7, 8, 5));
+}
+
+fn a_mounted_directory_is_saved_and_taken_up() {
+    let directories = Directories::new();
+    let results = results(&run("mounted", &directories.orders()));
+    assert_eq!(results.len(), 5, "{results:?}");
+    for (name, result) in results {
+        assert_eq!(result, "ok", "{name}");
+    }
+    let file = directories.files().join("mounted/file");
+    assert_eq!(fs::read(file).unwrap(), b"after");
 }
 
 fn the_file_server_stays_in_its_directory() {
