@@ -47,6 +47,8 @@ impl Hypervisor for Kvm {
             .map_err(|e| Error::host(action(), e))?;
         let files = Files::open(spec, memory.into())?;
         let vm = process::spawn(spec, &[], &[])?;
+        // Its file server looks for the files of the past as soon as it has a machine.
+        vm.mount(&spec.mounts)?;
         let mut fds = files.descriptors(None, spec);
         let added = match spec.added_memory_bytes {
             0 => None,
@@ -63,9 +65,7 @@ impl Hypervisor for Kvm {
         .into();
         fds.push(saved.state.as_fd());
         fds.extend(added.as_ref().map(AsFd::as_fd));
-        vm.configure(configure, &fds).await?;
-        vm.mount(&spec.mounts)?;
-        vm.start().await?;
+        vm.boot(configure, &fds).await?;
         Ok(Box::new(vm))
     }
 

@@ -214,30 +214,16 @@ impl VmmProcess {
         configure: Configure,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), Error> {
-        self.configure(configure, fds).await?;
-        self.start().await
-    }
-
-    /// Has the VMM make its machine, of `configure` with `fds`.
-    pub(super) async fn configure(
-        &self,
-        configure: Configure,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), Error> {
-        let call = request::Call::Configure(configure);
-        self.channel.call(call, fds).await.map(drop)
+        let configure = request::Call::Configure(configure);
+        self.channel.call(configure, fds).await?;
+        let start = request::Call::Start(Start::default());
+        self.channel.call(start, &[]).await.map(drop)
     }
 
     /// Mounts what the VMM alone sees.
     pub(super) fn mount(&self, mounts: &[Mounted]) -> Result<(), Error> {
         mounts::attach(self.pidfd.as_fd(), mounts)
             .map_err(|e| Error::host(format!("mounting for the VMM, process {}", self.pid), e))
-    }
-
-    /// Lets the machine run.
-    pub(super) async fn start(&self) -> Result<(), Error> {
-        let call = request::Call::Start(Start::default());
-        self.channel.call(call, &[]).await.map(drop)
     }
 }
 

@@ -54,8 +54,6 @@ const EVENTS: usize = 2;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: every connection is lost (virtio 1.2, section 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
-/// What a device saves whose guest knew of connections.
-const CONNECTED: &[u8] = &[1];
 
 // A Linux driver fills the receive queue with 4 KiB buffers when it starts: a larger queue is a longer boot.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
@@ -79,8 +77,8 @@ pub struct Vsock {
     active: Lent,
     watcher: Option<Arc<dyn Watcher + Send + Sync>>,
     // The guest has been told that every connection is lost, and gets no packet until it knows: it would take a new
-    // connection for an old one.
-    resetting: bool,
+    // connection for an old one. How far it had offered room for events then.
+    resetting: Option<u16>,
 }
 
 impl Vsock {
@@ -103,7 +101,7 @@ impl Vsock {
             go_on: EventFd::new(EFD_NONBLOCK).map_err(host("making vsock's event descriptor"))?,
             active: Lent::default(),
             watcher: None,
-            resetting: false,
+            resetting: None,
         })
     }
 
@@ -147,8 +145,27 @@ impl Vsock {
         queue.set_next_avail(end.0);
         queue.enable_notification(&*guard).map_err(broken(EVENTS))?;
         queue.set_next_avail(next);
-        self.resetting = true;
+        self.resetting = Some(end.0);
         resources.notify(EVENTS)
+    }
+
+    // The guest offers room for events. It has taken the one that it got, if there is more room than there was: a restored
+    // device is kicked once without the guest, too.
+    fn offer_events(&mut self) -> Result<(), DeviceError> {
+        let Some(end) = self.resetting else {
+            return Ok(());
+        };
+        let resources = self.active.get()?;
+        let guard = resources.memory.memory();
+        let offered = resources
+            .queue(EVENTS)?
+            .avail_idx(&*guard, Ordering::Acquire)
+            .map_err(broken(EVENTS))?;
+        if offered.0 == end {
+            return Ok(());
+        }
+        self.resetting = None;
+        self.run()
     }
 
     // Has the event loop call again, after the other devices' turns.
@@ -198,7 +215,7 @@ impl Vsock {
         let mut used = false;
         for _ in 0..BATCH {
             // Kicks are asked for only when buffers are missed: a guest that refills its queue is left alone.
-            if self.resetting || !self.muxer.has_packets() {
+            if self.resetting.is_some() || !self.muxer.has_packets() {
                 done = true;
                 break;
             }
@@ -302,22 +319,27 @@ impl Device for Vsock {
                 false => self.put_off(),
             },
             TX => self.run(),
-            // The guest offers room for events: it has taken the one that it got.
-            _ if std::mem::take(&mut self.resetting) => self.run(),
-            _ => Ok(()),
+            _ => self.offer_events(),
         }
     }
 
     fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
         match step {
             SnapshotStep::Save(own) => {
+                // Nothing is saved where the guest knows of no connection.
                 if self.muxer.connections() > 0 || self.muxer.has_packets() {
-                    own.extend_from_slice(CONNECTED);
+                    own.extend_from_slice(&self.muxer.next_port().to_le_bytes());
                 }
                 Ok(())
             }
-            SnapshotStep::Restore(CONNECTED) => self.reset_connections(),
-            SnapshotStep::Restore(_) => Ok(()),
+            SnapshotStep::Restore([]) => Ok(()),
+            SnapshotStep::Restore(own) => {
+                let port = own.try_into().map(u32::from_le_bytes).map_err(|_| {
+                    DeviceError::Snapshot("what vsock has saved is no port of the host's")
+                })?;
+                self.muxer.go_on_from(port);
+                self.reset_connections()
+            }
         }
     }
 
@@ -336,7 +358,7 @@ impl Device for Vsock {
 
     fn reset(&mut self) -> Option<Resources> {
         let resources = self.active.give_back()?;
-        self.resetting = false;
+        self.resetting = None;
         self.muxer.stop();
         if let Some(watcher) = self.watcher.take() {
             let _ = watcher.unwatch(self.go_on.as_raw_fd());

@@ -161,6 +161,16 @@ impl Muxer {
         self.resets.clear();
     }
 
+    /// The host's port of the next connection into the guest.
+    pub fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Has the host's ports begin at `port`: a guest that was restored refuses those of sockets that it has not closed yet.
+    pub fn go_on_from(&mut self, port: u32) {
+        self.next_port = FIRST_HOST_PORT | (port & (FIRST_HOST_PORT - 1));
+    }
+
     /// Connections, half-open and draining ones included.
     pub fn connections(&self) -> usize {
         self.entries.len()
