@@ -34,16 +34,17 @@ pub struct Shape {
 /// of its memory. What a larger one has beyond it is added when it is cloned.
 const SERVED_FROM: u64 = 256 << 20;
 
-/// CPUs that the guest of a template of one CPU knows of: sandboxes of so many are its clones, and bring the others online.
-/// Each costs every clone some of what the kernel keeps for each CPU that could come, so there are no more than most pods have. A
-/// larger sandbox has a template of its own number, booted with all of them.
+/// CPUs that the guest of the template for more than one knows of: sandboxes of so many are its clones, and bring the others
+/// online. As many as most pods have at most; a larger sandbox has a template of its own number, booted with all of them.
 const SERVED_UP_TO: u32 = 8;
 
 impl Shape {
     /// The shape of the template that serves sandboxes of this one.
     pub fn serving(vcpus: u32, memory_bytes: u64, cmdline: &str) -> Self {
         let (vcpus, possible_vcpus) = match vcpus {
-            ..=SERVED_UP_TO => (1, SERVED_UP_TO),
+            // A guest that knows of one CPU is cheaper while it is idle, by a quarter where KVM has no hardware: twenty of
+            // those that know of more kept a host of two processors busy.
+            2..=SERVED_UP_TO => (1, SERVED_UP_TO),
             _ => (vcpus, vcpus),
         };
         Self {
@@ -200,13 +201,13 @@ mod tests {
     }
 
     #[test]
-    fn one_template_serves_up_to_eight_cpus() {
+    fn one_template_serves_two_to_eight_cpus() {
         let cpus = |cpus| {
             let shape = Shape::serving(cpus, 256 << 20, "");
             (shape.vcpus, shape.possible_vcpus)
         };
-        assert_eq!([1, 2, 8].map(cpus), [(1, 8); 3]);
-        assert_eq!([9, 32].map(cpus), [(9, 9), (32, 32)]);
+        assert_eq!([2, 3, 8].map(cpus), [(1, 8); 3]);
+        assert_eq!([1, 9, 32].map(cpus), [(1, 1), (9, 9), (32, 32)]);
     }
 
     #[test]

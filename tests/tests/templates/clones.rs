@@ -12,7 +12,7 @@ use cella_proto::agent::{CreateContainerRequest, IdentityResponse, SetUpSandboxR
 use ttrpc::context::Context;
 
 use super::here::{Here, MEMORY, block_on};
-use super::{cpus, pool};
+use super::pool;
 
 const CLONES: usize = 50;
 /// So many of them live at once.
@@ -47,7 +47,6 @@ fn clones_are_safe_and_cheap() {
         a_clone_takes_the_time_that_it_is_given_and_does_nothing_before(&here).await;
         pool::idle_clones_are_claimed_and_replaced(&here).await;
         a_larger_one_has_all_of_its_memory(&here).await;
-        cpus::each_clone_has_its_own_number(&here).await;
         fifty_have_nothing_in_common(&here).await;
         here.host.assert_clean();
     });
