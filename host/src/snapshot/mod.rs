@@ -60,6 +60,8 @@ pub struct About {
 pub struct SavedContainer {
     /// Its id in the guest.
     pub id: String,
+    /// On the host it was called as its sandbox.
+    as_sandbox: bool,
     /// As given on the command line.
     pub image: String,
     /// The digests of its layers, the lowest first: the same have to be there again. None of a plain directory, whose content

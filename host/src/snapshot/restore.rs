@@ -41,7 +41,7 @@ pub async fn restore(
     let mut records = Records::default();
     let mut mounts = Vec::new();
     for container in &about.containers {
-        let state = state_of(container, id, &about.sandbox);
+        let state = state_of(container, id);
         let record = Record::create(paths, &state.id)?;
         records.0.push(record.clone());
         record.write(&state)?;
@@ -89,8 +89,8 @@ impl Drop for Records {
     }
 }
 
-fn state_of(container: &SavedContainer, sandbox: &str, saved_as: &str) -> ContainerState {
-    let id = match container.id == saved_as {
+fn state_of(container: &SavedContainer, sandbox: &str) -> ContainerState {
+    let id = match container.as_sandbox {
         true => sandbox.to_owned(),
         false => format!("{sandbox}-{}", container.id),
     };

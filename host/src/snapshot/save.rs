@@ -85,6 +85,7 @@ async fn containers(paths: &Paths, sandbox: &Sandbox) -> Result<Vec<SavedContain
         refuse_bundle(&state.image)?;
         saved.push(SavedContainer {
             id: id.clone(),
+            as_sandbox: state.id == state.sandbox,
             image: state.image.clone(),
             layers: state.layers.clone(),
             command: state.command.clone(),
