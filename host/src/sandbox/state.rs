@@ -26,17 +26,15 @@ pub struct ProcessId {
 }
 
 impl ProcessId {
-    /// The process that has `pid` now; `None` if there is none.
+    /// The process that has `pid` now; `None` if there is none, or it has ended and nobody has taken notice yet.
     pub fn of(pid: u32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The second field, the command in parentheses, may hold anything.
-        let start_ticks = stat
-            .rsplit_once(')')?
-            .1
-            .split_whitespace()
-            .nth(19)?
-            .parse()
-            .ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        if matches!(fields.next()?, "Z" | "X") {
+            return None;
+        }
+        let start_ticks = fields.nth(18)?.parse().ok()?;
         Some(Self { pid, start_ticks })
     }
 
@@ -212,6 +210,24 @@ mod tests {
         };
         assert!(!reused.is_alive());
         assert!(!reused.kill(), "would have ended this test");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_none_though_its_parent_does_not_know() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        assert!(id.kill());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while id.is_alive() {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "it is taken for alive"
+            );
+        }
+        child.wait().unwrap();
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cella_tests::Host;
@@ -10,9 +11,9 @@ use cella_tests::Host;
 use super::here::{Here, MEMORY, MEMORY_FLAG, block_on};
 
 /// What the container does: it counts, in its memory, to a file that it has open in a volume, to its root file system and to
-/// its output.
-const COUNTS: &str = "exec 3>>/v/counted 4</v/read; cd /kept; i=0
-    while :; do i=$((i+1)); echo $i >&3; echo $i > i; echo at $i; sleep 3; done";
+/// its output. It waits by reading what never comes: a process more each time would cost a second where the kernel is emulated.
+const COUNTS: &str = "mkfifo /dev/shm/f; exec 3>>/v/counted 4</v/read 5<>/dev/shm/f; cd /kept; i=0
+    while :; do i=$((i+1)); echo $i >&3; echo $i > i; echo at $i; read -t 1 x <&5; done";
 /// How long the container may take to its next step.
 const STEP: Duration = Duration::from_secs(30);
 /// How long after its beginning a `cella snapshot restore` is killed, milliseconds.
@@ -185,16 +186,17 @@ impl<'a> Saved<'a> {
         };
         restore("/nonexistent", "two").expect_failure(&["/nonexistent", "No such file"]);
         restore(self.path(), "one").expect_failure(&["one", "exists already"]);
+        let copy = self.host.path("damaged");
         let damage = |file: &str, change: &dyn Fn(&File), word: &str| {
-            let path = self.snapshot.join(file);
-            let file = File::options().read(true).write(true).open(&path).unwrap();
-            let mut was = vec![0; 1 << 10];
-            let len = file.metadata().unwrap().len();
-            let read = file.read_at(&mut was, 0).unwrap();
-            change(&file);
-            restore(self.path(), "two").expect_failure(&[word]);
-            file.set_len(len).unwrap();
-            file.write_all_at(&was[..read], 0).unwrap();
+            let _ = fs::remove_dir_all(&copy);
+            let copied = Command::new("cp")
+                .arg("-a")
+                .args([&self.snapshot, &copy])
+                .status();
+            assert!(copied.unwrap().success());
+            let path = copy.join(file);
+            change(&File::options().write(true).open(&path).unwrap());
+            restore(copy.to_str().unwrap(), "two").expect_failure(&[word]);
         };
         damage("state", &|file| file.set_len(200).unwrap(), "truncated");
         damage(
