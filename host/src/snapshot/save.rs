@@ -8,6 +8,8 @@ use cella_proto::agent::State;
 use super::files::Draft;
 use super::{About, SavedContainer, VERSION, refuse, rootfs};
 use crate::container;
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::kvm::Kvm;
 use crate::image::ImageRef;
 use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
@@ -21,6 +23,12 @@ use crate::sandbox::{Error, Sandbox};
 /// snapshot was written is removed.
 pub async fn save(paths: &Paths, sandbox: &Sandbox, target: &Path) -> Result<(), Error> {
     let state = sandbox.dir().read_state()?;
+    if state.hypervisor != Kvm.name() {
+        return Err(refuse(format!(
+            "sandbox {} runs on {}, which saves no machines",
+            state.id, state.hypervisor
+        )));
+    }
     refuse_network(sandbox.dir())?;
     let containers = containers(paths, sandbox).await?;
     let draft = Draft::new(target, state.memory_bytes)?;

@@ -76,5 +76,9 @@ fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Err
         )
     })?;
     let rootfs = rootfs(sandbox, id);
-    Ok(volume::bind(&files, &rootfs, volume::Bound::default())?)
+    // There from an earlier container of the id.
+    if !rootfs.exists() {
+        volume::bind(&files, &rootfs, volume::Bound::default())?;
+    }
+    Ok(())
 }
