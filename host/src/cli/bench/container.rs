@@ -46,7 +46,7 @@ pub(super) async fn container_with(
 
 /// The root file system of the container `id`, as the host has it.
 pub(super) fn rootfs(sandbox: &Sandbox, id: &str) -> PathBuf {
-    sandbox.dir().container_share(id).join("rootfs")
+    sandbox.dir().path().join(format!("rootfs-{id}"))
 }
 
 /// A process of that container.
@@ -59,7 +59,7 @@ pub(super) fn process(command: &[&str]) -> Process {
 
 /// A root file system with busybox alone, mounted in the sandbox's shared directory under `id`.
 fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Error> {
-    let files = sandbox.dir().path().join(format!("rootfs-{id}"));
+    let files = rootfs(sandbox, id);
     let copy = || {
         for dir in ["bin", "proc", "dev", "sys", "tmp"] {
             fs::create_dir_all(files.join(dir))?;
@@ -75,10 +75,10 @@ fn busybox_rootfs(sandbox: &Sandbox, id: &str, busybox: &Path) -> Result<(), Err
             e,
         )
     })?;
-    let rootfs = rootfs(sandbox, id);
+    let place = sandbox.dir().container_share(id).join("rootfs");
     // There from an earlier container of the id.
-    if !rootfs.exists() {
-        volume::bind(&files, &rootfs, volume::Bound::default())?;
+    if !place.exists() {
+        volume::bind(&files, &place, volume::Bound::default())?;
     }
     Ok(())
 }
