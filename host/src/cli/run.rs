@@ -199,10 +199,7 @@ impl Container<'_> {
             }
         };
         let ended = session.run(streams, started).await;
-        state.status = Status::Exited {
-            code: ended.as_ref().map_or(255, |exit| exit.exit_status),
-            oom_killed: ended.as_ref().is_ok_and(|exit| exit.oom_killed),
-        };
+        state.status = Status::exited(ended.as_ref().ok());
         self.record.write(&state)?;
         let exit = ended?;
         // A sandbox of its own goes with the container.

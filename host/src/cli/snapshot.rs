@@ -142,10 +142,7 @@ async fn run(sandbox: &Sandbox, container: RestoredContainer) {
     if let Err(error) = &ended {
         tracing::warn!("container {}: {error}", record.id());
     }
-    state.status = Status::Exited {
-        code: ended.as_ref().map_or(255, |exit| exit.exit_status),
-        oom_killed: ended.as_ref().is_ok_and(|exit| exit.oom_killed),
-    };
+    state.status = Status::exited(ended.as_ref().ok());
     if let Err(error) = record.write(&state) {
         tracing::warn!("{error}");
     }

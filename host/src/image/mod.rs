@@ -36,7 +36,7 @@ pub use error::{Error, Result};
 #[doc(hidden)]
 pub use layer::unpack_stream;
 pub use limits::Limits;
-pub use mount::{RootfsMount, release};
+pub use mount::{RootfsMount, release, upper};
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::{ImageRef, RegistryRef};
 pub use store::{DEFAULT_DIR, Store};

@@ -28,6 +28,11 @@ pub struct RootfsMount {
     kept: bool,
 }
 
+/// Where overlayfs keeps what is written, in a mount's `scratch`.
+pub fn upper(scratch: &Path) -> PathBuf {
+    scratch.join("upper")
+}
+
 impl RootfsMount {
     /// Mounts the directories `lower`, the topmost last, at `target` by overlayfs. What is written goes
     /// to `upper` and `work` in `scratch`, which must be empty or not exist, on a file system that can
@@ -41,7 +46,7 @@ impl RootfsMount {
             scratch: scratch.to_path_buf(),
             kept: false,
         };
-        let (upper, work) = (scratch.join("upper"), scratch.join("work"));
+        let (upper, work) = (upper(scratch), scratch.join("work"));
         make_dir(&upper, 0o755)?;
         make_dir(&work, 0o700)?;
         let lower = visible(lower)?;

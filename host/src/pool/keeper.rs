@@ -23,8 +23,9 @@ use crate::hypervisor::{HandedVm, Hypervisor, SavedVm, Vm, VmSpec};
 use crate::paths::Paths;
 use crate::sandbox::Error;
 use crate::sandbox::dir::{BootLock, OwnerLock, SandboxDir};
+use crate::sandbox::plain_vm_spec;
 use crate::sandbox::state::{self, ProcessId, SandboxState};
-use crate::template::{Key, Shape, Store, build};
+use crate::template::{Key, Shape, Store};
 
 /// How often the configuration and the template are looked at.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -267,10 +268,8 @@ async fn make(
     };
     let spec = VmSpec {
         vcpus,
-        possible_vcpus: 0,
-        cmdline: String::new(),
-        spare_slots: 0,
-        ..build::vm_spec(&paths, &shape, &idle.dir)
+        memory_bytes: shape.memory_bytes,
+        ..plain_vm_spec(&paths, &idle.dir)
     };
     let vm = match Kvm.restore(&spec, &saved).await {
         Ok(vm) => vm,

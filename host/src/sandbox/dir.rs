@@ -25,6 +25,7 @@ use super::error::Error;
 use super::state::{self, SandboxState};
 use crate::error::ErrorKind;
 use crate::network::Joints;
+use crate::own_files;
 use crate::paths::{Paths, check_id, is_valid_id};
 
 /// The directory of one sandbox; see the module.
@@ -346,12 +347,7 @@ pub fn list(paths: &Paths) -> Result<Vec<SandboxDir>, Error> {
 /// # Errors
 /// Something could not be removed.
 pub(crate) fn remove_files(dir: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(Error::host(format!("removing {}", dir.display()), e))
-        }
-        _ => Ok(()),
-    }
+    own_files::remove_dir(dir).map_err(|e| Error::host(format!("removing {}", dir.display()), e))
 }
 
 /// Where something is mounted at or below `path`, in the order of mounting.

@@ -201,13 +201,16 @@ impl Sandbox {
     /// # Errors
     /// `FailedPrecondition`: another process owns it.
     pub async fn vm_stats(&self) -> Result<Stats, Error> {
-        match &self.owned {
-            Some(owned) => Ok(owned.vm.stats().await?),
-            None => Err(Error::state(
+        Ok(self.owned()?.vm.stats().await?)
+    }
+
+    fn owned(&self) -> Result<&Owned, Error> {
+        self.owned.as_ref().ok_or_else(|| {
+            Error::state(
                 ErrorKind::FailedPrecondition,
                 format!("sandbox {} is owned by another process", self.dir.id()),
-            )),
-        }
+            )
+        })
     }
 
     /// Returns when the owned virtual machine has ended; never for an attached one.

@@ -11,7 +11,6 @@ use super::dir::{BootLock, OwnerLock, SandboxDir};
 use super::start::{self, TemplateUse};
 use super::state::{self, ProcessId, SandboxState};
 use super::{Error, Owned, Sandbox, Unfinished};
-use crate::error::ErrorKind;
 use crate::hypervisor::{Hypervisor, SavedVm, VmSpec};
 use crate::paths::Paths;
 
@@ -28,12 +27,7 @@ impl Sandbox {
         files: &SavedVm,
         copy: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let Some(owned) = &self.owned else {
-            return Err(Error::state(
-                ErrorKind::FailedPrecondition,
-                format!("sandbox {} is owned by another process", self.dir.id()),
-            ));
-        };
+        let owned = self.owned()?;
         owned.vm.pause().await?;
         let saved = match owned.vm.snapshot(files).await {
             Ok(()) => copy(),

@@ -402,7 +402,6 @@ async fn connect(
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {
     VmSpec {
         vcpus: spec.vcpus,
-        possible_vcpus: 0,
         memory_bytes: spec.memory_bytes,
         cmdline: spec.cmdline,
         console: spec.console,

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use cella_proto::agent::Exit;
 use oci_spec::runtime::Mount;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::de::DeserializeOwned;
@@ -119,6 +120,16 @@ pub enum Status {
         /// The kernel killed for memory in it.
         oom_killed: bool,
     },
+}
+
+impl Status {
+    /// After `exit`; with none, its runner does not know how it ended.
+    pub fn exited(exit: Option<&Exit>) -> Self {
+        Self::Exited {
+            code: exit.map_or(255, |exit| exit.exit_status),
+            oom_killed: exit.is_some_and(|exit| exit.oom_killed),
+        }
+    }
 }
 
 /// A container, as its runner wrote it down.

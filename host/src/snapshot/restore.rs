@@ -5,7 +5,7 @@ use super::save::copy_tree;
 use super::{SavedContainer, Snapshot, refuse, rootfs};
 use crate::container::Record;
 use crate::hypervisor::{Hypervisor, Mounted, VmSpec};
-use crate::image::{ImageRef, Store};
+use crate::image::{ImageRef, Store, upper};
 use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::state::{ContainerState, ProcessId, Status, now};
@@ -39,6 +39,7 @@ pub async fn restore(
     let dir = SandboxDir::new(paths, id)?;
     let restoration = Restoration::begin(paths, dir.clone())?;
     let mut records = Records::default();
+    let mut states = Vec::new();
     let mut mounts = Vec::new();
     for container in &about.containers {
         let state = state_of(container, id);
@@ -46,6 +47,7 @@ pub async fn restore(
         records.0.push(record.clone());
         record.write(&state)?;
         record.write_spec(&container.spec)?;
+        states.push(state);
         mounts.extend(put_files(paths, snapshot, container, &dir)?);
     }
     let spec = VmSpec {
@@ -58,10 +60,10 @@ pub async fn restore(
         .finish(hypervisor, spec, &snapshot.files, about.pod)
         .await?;
     let mut restored = Vec::new();
-    for (record, container) in records.0.iter().zip(&about.containers) {
+    let made = records.0.iter().zip(states);
+    for ((record, mut state), container) in made.zip(&about.containers) {
         let streams = attach(&sandbox, container).await?;
         sandbox.resume(&container.id).await?;
-        let mut state = record.read()?;
         state.status = Status::Running;
         record.write(&state)?;
         restored.push(RestoredContainer {
@@ -128,7 +130,7 @@ fn put_files(
     std::fs::create_dir_all(&share)
         .map_err(|e| Error::host(format!("making {}", share.display()), e))?;
     let scratch = dir.container_scratch(id);
-    copy_tree(&snapshot.path.join(rootfs(id)), &scratch.join("upper"))?;
+    copy_tree(&snapshot.path.join(rootfs(id)), &upper(&scratch))?;
     // Whoever removes the sandbox's directory unmounts it.
     image.mount(&share.join("rootfs"), &scratch)?.keep();
     let mut spec = container.spec.clone();

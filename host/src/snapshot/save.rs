@@ -1,6 +1,6 @@
 //! How a sandbox is saved: its containers are paused, its machine stands still, and everything that is its own is copied.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use cella_proto::agent::State;
@@ -10,7 +10,7 @@ use super::{About, SavedContainer, VERSION, refuse, rootfs};
 use crate::container;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::kvm::Kvm;
-use crate::image::ImageRef;
+use crate::image::{ImageRef, upper};
 use crate::paths::Paths;
 use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::state::{Status, now};
@@ -33,14 +33,15 @@ pub async fn save(paths: &Paths, sandbox: &Sandbox, target: &Path) -> Result<(),
     let containers = containers(paths, sandbox).await?;
     let draft = Draft::new(target, state.memory_bytes)?;
     let ids: Vec<_> = containers.iter().map(|one| one.id.clone()).collect();
-    let copies = ids.iter().map(|id| Copy {
-        from: sandbox.dir().container_scratch(id).join("upper"),
-        to: draft.path().join(rootfs(id)),
-    });
-    let copies: Vec<_> = copies.collect();
+    let copy = || {
+        ids.iter().try_for_each(|id| {
+            let written = upper(&sandbox.dir().container_scratch(id));
+            copy_tree(&written, &draft.path().join(rootfs(id)))
+        })
+    };
     let paused = pause(sandbox, &ids).await;
     let saved = match paused {
-        Ok(()) => sandbox.save(&draft.files, || copy_all(&copies)).await,
+        Ok(()) => sandbox.save(&draft.files, copy).await,
         Err(error) => Err(error),
     };
     resume(sandbox, &ids).await;
@@ -112,19 +113,6 @@ fn refuse_bundle(image: &str) -> Result<(), Error> {
         ))),
         _ => Ok(()),
     }
-}
-
-/// What a container has written, and where it goes.
-struct Copy {
-    from: PathBuf,
-    to: PathBuf,
-}
-
-fn copy_all(copies: &[Copy]) -> Result<(), Error> {
-    for Copy { from, to } in copies {
-        copy_tree(from, to)?;
-    }
-    Ok(())
 }
 
 /// Copies a directory with everything in it to `to`, which is made in its directory, which is made as well. Owners, modes, times, links

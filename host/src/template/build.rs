@@ -125,7 +125,7 @@ async fn wait_for_word(listener: &UnixListener) -> Result<(), Error> {
     }
 }
 
-pub(crate) fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
+fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
     VmSpec {
         vcpus: shape.vcpus,
         possible_vcpus: shape.possible_vcpus,

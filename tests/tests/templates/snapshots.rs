@@ -113,6 +113,16 @@ impl<'a> Saved<'a> {
         }
     }
 
+    /// Kills those whose command line has every one of `words`; one may have ended by itself.
+    fn kill_processes(&self, words: &[&str]) {
+        for (pid, line) in self.host.processes() {
+            if words.iter().all(|word| line.contains(word)) {
+                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+
     fn it_goes_on_itself(&self) {
         assert!(self.steps("one") > 0);
         let memory = fs::metadata(self.snapshot.join("memory")).unwrap();
@@ -240,15 +250,10 @@ impl<'a> Saved<'a> {
             let args = ["snapshot", "restore", self.path(), "--name", "two"];
             let mut child = self.host.command(&args).spawn().unwrap();
             std::thread::sleep(Duration::from_millis(after));
-            for (pid, _) in self.host.processes() {
-                let command = fs::read_to_string(format!("/proc/{pid}/cmdline"));
-                if command.is_ok_and(|line| line.contains("restored-owner")) {
-                    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-                }
-            }
+            // First the one that starts the other, which may not have its own command line yet.
             let _ = child.kill();
             child.wait().unwrap();
+            self.kill_processes(&[" two "]);
             self.host.cella(&["gc"]).expect_status(0);
             self.host.cella(&["rm", "two"]);
             assert_eq!(records(), before);
@@ -304,12 +309,7 @@ impl<'a> Saved<'a> {
         while !draft.exists() && child.try_wait().unwrap().is_none() {
             assert!(Instant::now() < deadline, "nothing is written");
         }
-        for (pid, line) in self.host.processes() {
-            if line.contains("--name one") && line.contains("run -d") {
-                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-            }
-        }
+        self.kill_processes(&["--name one", "run -d"]);
         let said = cella_tests::finish(child, &[]);
         assert!(target.exists() == (said.status == 0), "{said:?}");
         self.host.cella(&["gc"]).expect_status(0);
