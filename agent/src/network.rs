@@ -95,6 +95,37 @@ pub fn set_up(
     Ok(())
 }
 
+/// Gives devices that were set up before, in another network, what they have in this one. They lose every address, route
+/// and neighbour; connections go on if the addresses are the same.
+///
+/// # Errors
+///
+/// The first step that failed; what was done before it stays done.
+pub fn renew(
+    interfaces: &[Interface],
+    routes: &[Route],
+    neighbors: &[Neighbor],
+) -> Result<(), Error> {
+    let mut netlink = open()?;
+    let links = links(&mut netlink)?;
+    for interface in interfaces {
+        let index = by_name(&links, &interface.name)?;
+        let mac = Mac::parse("hardware address", &interface.hardware_address)?;
+        // Down, it has no routes and neighbours, and no IPv6 addresses.
+        ask(
+            &mut netlink,
+            link_message(index).down().hardware_address(&mac),
+            || format!("setting device {} down", interface.name),
+        )?;
+        let emptied = netlink.remove_addresses(index);
+        emptied.map_err(|source| Error::Kernel {
+            doing: format!("taking the addresses of device {}", interface.name),
+            source,
+        })?;
+    }
+    set_up(interfaces, routes, neighbors)
+}
+
 /// The counters of every device but the loopback.
 ///
 /// # Errors

@@ -108,7 +108,11 @@ pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error
 /// The step that failed.
 pub fn renew(request: &RenewRequest) -> Result<(), Error> {
     add_entropy(&request.entropy)?;
-    set_clock(request.clock_ns)
+    set_clock(request.clock_ns)?;
+    if !request.interfaces.is_empty() {
+        network::renew(&request.interfaces, &request.routes, &request.neighbors)?;
+    }
+    Ok(())
 }
 
 fn set_hostname(hostname: &str) -> Result<(), Error> {

@@ -354,6 +354,37 @@ static int seccomp_kills(void)
 	return syscall(SYS_getppid) == -1 && errno == 77;
 }
 
+static int deny(long call, int error)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog prog = { 4, code };
+	return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &prog) == 0;
+}
+
+static int denied(long call, int error)
+{
+	return syscall(call) == -1 && errno == error;
+}
+
+/* What one filter was found to allow (patch 23), the next may deny; each answer is the same again. */
+static int seccomp_stacks(void)
+{
+	int good;
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	good = deny(SYS_getppid, 77);
+	for (int twice = 0; twice < 2; twice++)
+		good = good && denied(SYS_getppid, 77) && syscall(SYS_getuid) == 0;
+	good = good && deny(SYS_getuid, 78);
+	for (int twice = 0; twice < 2; twice++)
+		good = good && denied(SYS_getppid, 77) && denied(SYS_getuid, 78) && syscall(SYS_getpgrp) >= 0;
+	return good && denied(SYS_getppid, 77);
+}
+
 static int landlock(void)
 {
 	int version = syscall(444, NULL, 0, 1);
@@ -438,6 +469,7 @@ static void check_calls(void)
 	check(shmget(IPC_PRIVATE, 4096, 0600) >= 0 && semget(IPC_PRIVATE, 1, 0600) >= 0 && msgget(IPC_PRIVATE, 0600) >= 0, "System V IPC");
 	check(syscall(SYS_add_key, "user", "k", "v", 1, KEY_SPEC_PROCESS_KEYRING) > 0, "keys");
 	check(in_child(seccomp_kills), "seccomp filter with listener");
+	check(in_child(seccomp_stacks), "seccomp filters one on the other");
 	check(in_child(landlock), "landlock");
 	check(dumps_core(), "core dump");
 	check(script(), "script with an interpreter");

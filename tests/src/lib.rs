@@ -13,6 +13,7 @@ pub mod boot;
 pub mod conformance;
 pub mod containerd;
 pub mod image;
+pub mod netns;
 pub mod peers;
 
 use std::ffi::OsStr;

@@ -11,104 +11,18 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use cella_tests::{Host, missing_for, skip};
+use cella_tests::netns::{MTU, Netns, ip, missing_for_networks_on};
+use cella_tests::{Host, skip};
 
 const BYTES: usize = 1 << 20;
-const MTU: &str = "1400";
-const MAC: &str = "02:00:0a:d5:00:02";
-
-/// A named network namespace with `eth0`, whose other end is on a bridge of the host. Names and addresses have the
-/// process id in them, so that suites can run side by side.
-struct Netns {
-    name: String,
-    bridge: String,
-    net: String,
-    net6: String,
-}
-
-impl Netns {
-    fn new() -> Self {
-        static MADE: AtomicU32 = AtomicU32::new(0);
-        let id = std::process::id() % 100_000 * 10 + MADE.fetch_add(1, Ordering::Relaxed);
-        let netns = Self {
-            name: format!("cella-test-{id}"),
-            bridge: format!("cb{id}"),
-            net: format!("10.213.{}", id % 256),
-            net6: format!("fd13:{:x}:", id & 0xffff),
-        };
-        let Self {
-            name,
-            bridge,
-            net,
-            net6,
-        } = &netns;
-        ip(&format!(
-            "netns add {name}\n\
-             link add {bridge} type bridge\n\
-             link add cv{id} mtu {MTU} type veth peer name eth0 mtu {MTU} address {MAC} netns {name}\n\
-             link set cv{id} master {bridge} up\n\
-             link set {bridge} mtu {MTU} up\n\
-             address add {net}.1/24 dev {bridge}\n\
-             address add {net6}:1/64 dev {bridge} nodad\n\
-             -n {name} link set lo up\n\
-             -n {name} link set eth0 up\n\
-             -n {name} address add {net}.2/24 dev eth0\n\
-             -n {name} address add {net6}:2/64 dev eth0 nodad\n\
-             -n {name} route add default via {net}.1\n\
-             -n {name} -6 route add default via {net6}:1\n"
-        ));
-        netns
-    }
-
-    fn path(&self) -> String {
-        format!("/run/netns/{}", self.name)
-    }
-
-    /// Its interfaces and what filters are on them.
-    fn state(&self) -> String {
-        let script = "ip -o link | cut -d' ' -f1-3; tc qdisc; tc filter show dev eth0 ingress";
-        let said = Command::new("ip")
-            .args(["netns", "exec", &self.name, "sh", "-c", script])
-            .output()
-            .unwrap();
-        assert!(said.status.success(), "{said:?}");
-        String::from_utf8(said.stdout).unwrap()
-    }
-}
-
-impl Drop for Netns {
-    fn drop(&mut self) {
-        // The pair goes with either end.
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .status();
-        let _ = Command::new("ip")
-            .args(["link", "del", &self.bridge])
-            .status();
-    }
-}
-
-/// Runs lines of ip(8) commands.
-#[track_caller]
-fn ip(lines: &str) {
-    for line in lines.lines() {
-        let status = Command::new("ip").args(line.split_whitespace()).status();
-        assert!(status.unwrap().success(), "ip {line}");
-    }
-}
 
 const HYPERVISORS: [&str; 2] = ["kvm", "qemu"];
 
 /// A host whose sandboxes run on `hypervisor`, unless the machine lacks something.
 fn host(hypervisor: &str) -> Option<Host> {
-    let missing = match Command::new("ip").arg("-V").output() {
-        Err(_) => Some("ip (iproute2)".to_owned()),
-        Ok(_) => missing_for(hypervisor),
-    };
-    match missing {
+    match missing_for_networks_on(hypervisor) {
         Some(missing) => {
             skip(&missing);
             None
@@ -235,7 +149,7 @@ fn the_interface_is_the_same(netns: &Netns, sh: &dyn Fn(&str) -> String) {
         "cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address; ip -o addr show dev eth0; ip route; ip -6 route; cat /etc/resolv.conf",
     );
     for part in [
-        format!("{MTU}\n{MAC}\n"),
+        format!("{MTU}\n{}\n", netns.mac),
         format!("{net}.2/24"),
         format!("{net6}:2/64"),
         format!("default via {net}.1 dev eth0"),

@@ -1,4 +1,4 @@
-//! As much of rtnetlink(7) as the guest's network takes: messages with attributes, acknowledgements, and one dump.
+//! As much of rtnetlink(7) as the guest's network takes: messages with attributes, acknowledgements, and dumps.
 
 use std::io;
 use std::net::IpAddr;
@@ -7,12 +7,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::net::RecvFlags;
 
 use super::Error;
-use super::address::Prefix;
+use super::address::{Mac, Prefix};
 
 /// Size of struct nlmsghdr.
 const HEADER: usize = 16;
 /// Size of struct ifinfomsg.
 const LINK_HEADER: usize = 16;
+/// Size of struct ifaddrmsg.
+const ADDRESS_HEADER: usize = 8;
 /// Size of struct rtattr.
 const ATTRIBUTE: usize = 4;
 /// Bytes of one answer at most; the kernel sends dumps in pieces of 32 KiB at most.
@@ -66,14 +68,28 @@ impl Message {
     }
 
     /// Brings the device up, after [`Message::link`].
-    pub(super) fn up(mut self) -> Self {
-        let up = (libc::IFF_UP as u32).to_ne_bytes();
-        for offset in [HEADER + 8, HEADER + 12] {
+    pub(super) fn up(self) -> Self {
+        self.flags(libc::IFF_UP as u32)
+    }
+
+    /// Takes the device down, after [`Message::link`].
+    pub(super) fn down(self) -> Self {
+        self.flags(0)
+    }
+
+    /// The flag `IFF_UP` as in `flags`, and no other one changed.
+    fn flags(mut self, flags: u32) -> Self {
+        for (offset, word) in [(HEADER + 8, flags), (HEADER + 12, libc::IFF_UP as u32)] {
             if let Some(place) = self.0.get_mut(offset..offset + 4) {
-                place.copy_from_slice(&up);
+                place.copy_from_slice(&word.to_ne_bytes());
             }
         }
         self
+    }
+
+    /// Gives the device a hardware address, after [`Message::link`].
+    pub(super) fn hardware_address(self, mac: &Mac) -> Self {
+        self.bytes(libc::IFLA_ADDRESS, mac.bytes())
     }
 
     /// A new address of device `index`.
@@ -95,6 +111,13 @@ impl Message {
             Some(broadcast) => message.ip(libc::IFA_BROADCAST, broadcast),
             None => message,
         }
+    }
+
+    /// Takes an address, of which `found` is how the kernel describes it, the body of an RTM_NEWADDR.
+    fn no_address(found: &[u8]) -> Self {
+        let mut message = Self::new(libc::RTM_DELADDR, 0);
+        message.0.extend_from_slice(found);
+        message
     }
 
     /// A neighbour's hardware address.
@@ -262,17 +285,44 @@ impl Netlink {
 
     /// Every device of the network namespace.
     pub(super) fn links(&mut self) -> io::Result<Vec<FoundLink>> {
-        let mut message = Message::new(libc::RTM_GETLINK, libc::NLM_F_DUMP);
-        message.0.extend_from_slice(&[0; LINK_HEADER]);
+        let all = (libc::RTM_GETLINK, LINK_HEADER);
+        self.dump(all, libc::RTM_NEWLINK, found_link)
+    }
+
+    /// Takes every address of device `index`.
+    pub(super) fn remove_addresses(&mut self, index: u32) -> io::Result<()> {
+        let all = (libc::RTM_GETADDR, ADDRESS_HEADER);
+        let found = self.dump(all, libc::RTM_NEWADDR, |body| {
+            (u32_at(body, 4)? == index).then(|| body.to_vec())
+        })?;
+        for address in found {
+            match self.ask(Message::no_address(&address)) {
+                // A secondary one goes with the first of its network.
+                Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What `found` makes of each message of kind `one` that answers a request of kind `all`, with a header so long.
+    fn dump<T>(
+        &mut self,
+        (all, header): (u16, usize),
+        one: u16,
+        found: impl Fn(&[u8]) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        let mut message = Message::new(all, libc::NLM_F_DUMP);
+        message.0.resize(HEADER.saturating_add(header), 0);
         self.send(&message.finished())?;
-        let mut links = Vec::new();
+        let mut dumped = Vec::new();
         loop {
             let length = self.receive()?;
             for part in parts(self.answer.get(..length).unwrap_or_default()) {
                 match part.kind {
-                    kind if kind == libc::NLMSG_DONE as u16 => return Ok(links),
+                    kind if kind == libc::NLMSG_DONE as u16 => return Ok(dumped),
                     kind if kind == libc::NLMSG_ERROR as u16 => acknowledged(part.body)?,
-                    libc::RTM_NEWLINK => links.extend(found_link(part.body)),
+                    kind if kind == one => dumped.extend(found(part.body)),
                     _ => {}
                 }
             }

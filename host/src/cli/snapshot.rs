@@ -43,6 +43,9 @@ enum What {
         /// The sandbox's id, and its container's [default: a random one]
         #[arg(long, value_name = "ID")]
         name: Option<String>,
+        /// The network namespace whose interfaces become the sandbox's: of the same names as it had when it was saved
+        #[arg(long, value_name = "PATH")]
+        netns: Option<PathBuf>,
         /// What runs the virtual machine: auto, kvm or qemu [default: auto]
         #[arg(long, value_name = "NAME", value_parser = ["auto", "kvm", "qemu"])]
         hypervisor: Option<String>,
@@ -54,6 +57,8 @@ enum What {
 pub struct OwnerArgs {
     id: String,
     dir: PathBuf,
+    #[arg(long)]
+    netns: Option<PathBuf>,
     #[arg(long)]
     hypervisor: Option<String>,
 }
@@ -75,6 +80,7 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
         What::Restore {
             dir,
             name,
+            netns,
             hypervisor,
         } => {
             let id = name.map_or_else(container::new_id, Ok)?;
@@ -82,6 +88,9 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
             pod::add_paths(&mut arguments, &context.paths);
             if let Some(hypervisor) = hypervisor {
                 arguments.extend(["--hypervisor".into(), hypervisor.into()]);
+            }
+            if let Some(netns) = netns {
+                arguments.extend(["--netns".into(), absolute(&netns)?.into()]);
             }
             arguments.extend(["--".into(), (&id).into(), absolute(&dir)?.into()]);
             background::spawn(&arguments, &[])?;
@@ -107,8 +116,9 @@ pub async fn own(context: &Context, args: OwnerArgs) -> Result<u8, Error> {
         hypervisor::choose(name, &context.paths.qemu).map_err(crate::sandbox::Error::from)?;
     let saved = snapshot::open(&args.dir)?;
     let hypervisor = choice.hypervisor.as_ref();
+    let netns = args.netns.as_deref();
     let (sandbox, containers) =
-        snapshot::restore(&context.paths, hypervisor, &saved, &args.id).await?;
+        snapshot::restore(&context.paths, hypervisor, &saved, &args.id, netns).await?;
     let pod = saved.about.pod;
     drop(saved);
     background::report_ready();

@@ -174,6 +174,12 @@ impl Entrance {
 }
 
 impl Joints {
+    /// The interfaces' names, in the guest's order.
+    pub fn names(&self) -> Vec<String> {
+        let interfaces = self.interfaces.iter();
+        interfaces.map(|(name, _)| name.clone()).collect()
+    }
+
     /// Takes the redirects off the namespace's interfaces. The taps, and what is on them, go with their descriptors.
     /// Nothing is wrong with a namespace that is gone, or that another sandbox has got meanwhile.
     ///

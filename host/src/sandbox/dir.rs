@@ -220,9 +220,13 @@ impl SandboxDir {
         state::write(&self.network_file(), joints)
     }
 
-    /// Whether something was done to a network namespace for it.
-    pub fn has_network(&self) -> bool {
-        self.network_file().exists()
+    /// What was done to a network namespace for it, if something was.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read_network(&self) -> Result<Option<Joints>, Error> {
+        let file = self.network_file();
+        file.exists().then(|| state::read(&file)).transpose()
     }
 
     /// Whether a living process owns the sandbox.
@@ -265,12 +269,8 @@ impl SandboxDir {
 
     /// Takes a network namespace back to what it was.
     fn undo_network(&self) -> Result<(), Error> {
-        if !self.has_network() {
-            return Ok(());
-        }
-        let file = self.network_file();
-        match state::read::<Joints>(&file) {
-            Ok(joints) => Ok(joints.undo()?),
+        match self.read_network() {
+            Ok(joints) => Ok(joints.map_or(Ok(()), |joints| joints.undo())?),
             // Written only in part: nothing was done yet.
             Err(error) => {
                 tracing::debug!("{error}");

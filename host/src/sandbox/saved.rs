@@ -8,10 +8,12 @@ use cella_proto::agent::RenewRequest;
 
 use super::agent::{self, Agent};
 use super::dir::{BootLock, OwnerLock, SandboxDir};
+use super::forward::Forward;
 use super::start::{self, TemplateUse};
 use super::state::{self, ProcessId, SandboxState};
 use super::{Error, Owned, Sandbox, Unfinished};
-use crate::hypervisor::{Hypervisor, SavedVm, VmSpec};
+use crate::hypervisor::{Hypervisor, Nic, SavedVm, VmSpec};
+use crate::network::Entrance;
 use crate::paths::Paths;
 
 /// How long the agent of a restored guest may take to answer.
@@ -45,6 +47,9 @@ pub struct Restoration {
     lock: OwnerLock,
     booting: BootLock,
     paths: Paths,
+    nics: Vec<Nic>,
+    entrance: Option<Entrance>,
+    renewal: RenewRequest,
 }
 
 impl Restoration {
@@ -60,12 +65,33 @@ impl Restoration {
             lock,
             booting,
             paths: paths.clone(),
+            nics: Vec::new(),
+            entrance: None,
+            renewal: RenewRequest::default(),
         })
     }
 
+    /// Takes the interfaces of the network namespace at `netns` for the guest, which has some of the same names. Returns these.
+    ///
+    /// # Errors
+    /// It is none, or cannot be used.
+    pub async fn connect(&mut self, netns: &Path) -> Result<Vec<String>, Error> {
+        let (network, entrance) = start::connect(&self.dir, netns).await?;
+        let names = network.joints.names();
+        self.nics = network.nics;
+        self.entrance = entrance;
+        self.renewal.interfaces = network.interfaces;
+        self.renewal.routes = network.routes;
+        self.renewal.neighbors = network.neighbors;
+        Ok(names)
+    }
+
     /// The machine, but for its size and mounts.
-    pub fn vm_spec(&self) -> VmSpec {
-        start::plain_vm_spec(&self.paths, &self.dir)
+    pub fn vm_spec(&mut self) -> VmSpec {
+        VmSpec {
+            nics: std::mem::take(&mut self.nics),
+            ..start::plain_vm_spec(&self.paths, &self.dir)
+        }
     }
 
     /// Restores the machine of `spec` from `files`, and gives its agent what no other one must have. Its containers are still paused.
@@ -94,18 +120,22 @@ impl Restoration {
         })?;
         let vsock = self.dir.vsock();
         let agent = tokio::select! {
-            renewed = tokio::time::timeout(ANSWER_TIMEOUT, renew(&vsock)) => {
+            renewed = tokio::time::timeout(ANSWER_TIMEOUT, renew(&vsock, self.renewal)) => {
                 renewed.map_err(|_| start::late(ANSWER_TIMEOUT))??
             }
             ended = vm.wait() => return Err(start::gone(&self.dir, &ended).into()),
         };
+        let forward = self
+            .entrance
+            .map(|entrance| Forward::start(entrance, &vsock))
+            .transpose()?;
         self.unfinished.0 = None;
         drop(self.booting);
         Ok(Sandbox {
             dir: self.dir,
             agent,
             owned: Some(Owned {
-                _forward: None,
+                _forward: forward,
                 vm,
                 ended: AtomicBool::new(false),
                 template: TemplateUse::Unused,
@@ -115,12 +145,12 @@ impl Restoration {
     }
 }
 
-async fn renew(vsock: &Path) -> Result<Agent, Error> {
+async fn renew(vsock: &Path, renewal: RenewRequest) -> Result<Agent, Error> {
     let stream = agent::dial(vsock, agent::AGENT_PORT).await?;
     let request = RenewRequest {
         entropy: start::entropy()?,
         clock_ns: start::clock_ns(),
-        ..Default::default()
+        ..renewal
     };
     Agent::renew_first(stream, &request).await
 }

@@ -65,7 +65,13 @@ pub(super) async fn bring_up(
     dir::open_to_vmm(&dialled)?;
     let mut request = set_up_request(&spec);
     let (nics, entrance) = match &spec.netns {
-        Some(netns) => connect(dir, netns, &mut request).await?,
+        Some(netns) => {
+            let (network, entrance) = connect(dir, netns).await?;
+            request.interfaces = network.interfaces;
+            request.routes = network.routes;
+            request.neighbors = network.neighbors;
+            (network.nics, entrance)
+        }
         None => (Vec::new(), None),
     };
     let state = SandboxState {
@@ -209,6 +215,7 @@ impl Start<'_> {
         let memory_bytes = spec.memory_bytes;
         if let Found::Template(_, shape, _) = &found {
             grow(&mut spec, shape);
+            self.state.memory_bytes = spec.memory_bytes.saturating_add(spec.added_memory_bytes);
         }
         let template = match found {
             Found::Template(key, shape, saved) => match self.clone_from(&spec, &saved).await {
@@ -225,6 +232,7 @@ impl Start<'_> {
             Found::Missing(shape) => TemplateUse::Wanted(shape),
             Found::Nothing => TemplateUse::Unused,
         };
+        self.state.memory_bytes = memory_bytes;
         let (vm, agent) = self
             .boot(
                 VmSpec {
@@ -381,22 +389,18 @@ pub(super) fn gone(dir: &SandboxDir, ended: &hypervisor::Ended) -> hypervisor::E
     }
 }
 
-/// Takes the interfaces of a network namespace for the guest: their descriptors, and what the agent is told of them.
-async fn connect(
+/// Takes the interfaces of a network namespace for the guest.
+pub(super) async fn connect(
     dir: &SandboxDir,
     netns: &Path,
-    request: &mut SetUpSandboxRequest,
-) -> Result<(Vec<Nic>, Option<Entrance>), Error> {
+) -> Result<(Network, Option<Entrance>), Error> {
     // The path must mean the same to whoever cleans up.
     let netns = std::path::absolute(netns)
         .map_err(|e| Error::host(format!("finding {}", netns.display()), e))?;
     let network = Network::open(&netns).await?;
     dir.write_network(&network.joints)?;
     let entrance = network.join().await?;
-    request.interfaces = network.interfaces;
-    request.routes = network.routes;
-    request.neighbors = network.neighbors;
-    Ok((network.nics, entrance))
+    Ok((network, entrance))
 }
 
 fn vm_spec(paths: &Paths, dir: &SandboxDir, spec: SandboxSpec, nics: Vec<Nic>) -> VmSpec {

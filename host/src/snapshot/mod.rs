@@ -35,7 +35,7 @@ use crate::error::ErrorKind;
 use crate::sandbox::Error;
 
 /// The format of `about.json`.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What is written down of a saved sandbox.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,6 +49,8 @@ pub struct About {
     pub vcpus: u32,
     /// Guest RAM, bytes.
     pub memory_bytes: u64,
+    /// The names of its network interfaces, in the guest's order.
+    pub interfaces: Vec<String>,
     /// The containers that ran in it.
     pub containers: Vec<SavedContainer>,
     /// Seconds since the epoch.

@@ -1,6 +1,8 @@
 //! How a sandbox goes on from a snapshot: files and volumes are put where they were, the machine is restored and gets its identity,
 //! and each container other connections, before any of them runs.
 
+use std::path::Path;
+
 use super::save::copy_tree;
 use super::{SavedContainer, Snapshot, refuse, rootfs};
 use crate::container::Record;
@@ -24,20 +26,23 @@ pub struct RestoredContainer {
 }
 
 /// Has a sandbox `id` go on from `snapshot`. The containers' ids on the host are new: that of a container which was called as its
-/// sandbox is `id`, that of another is `id-<its own>`.
+/// sandbox is `id`, that of another is `id-<its own>`. Its interfaces become those of the network namespace at `netns`.
 ///
 /// # Errors
-/// `AlreadyExists`: an id is taken. `FailedPrecondition`: an image is another one, or the snapshot of another VMM or processor.
+/// `AlreadyExists`: an id is taken. `FailedPrecondition`: an image is another one, or the snapshot of another VMM or processor;
+/// the namespace has other interfaces than the saved sandbox had.
 /// Nothing is left then.
 pub async fn restore(
     paths: &Paths,
     hypervisor: &dyn Hypervisor,
     snapshot: &Snapshot,
     id: &str,
+    netns: Option<&Path>,
 ) -> Result<(Sandbox, Vec<RestoredContainer>), Error> {
     let about = &snapshot.about;
     let dir = SandboxDir::new(paths, id)?;
-    let restoration = Restoration::begin(paths, dir.clone())?;
+    let mut restoration = Restoration::begin(paths, dir.clone())?;
+    connect(&mut restoration, &about.interfaces, netns).await?;
     let mut records = Records::default();
     let mut states = Vec::new();
     let mut mounts = Vec::new();
@@ -74,6 +79,36 @@ pub async fn restore(
     }
     records.0.clear();
     Ok((sandbox, restored))
+}
+
+/// Gives the guest, which has `interfaces`, those of the same names in the namespace at `netns`.
+async fn connect(
+    restoration: &mut Restoration,
+    interfaces: &[String],
+    netns: Option<&Path>,
+) -> Result<(), Error> {
+    let list = |names: &[String]| match names {
+        [] => "no interfaces".to_owned(),
+        names => format!("the interfaces {}", names.join(", ")),
+    };
+    let (there, whose) = match netns {
+        Some(netns) => (
+            restoration.connect(netns).await?,
+            netns.display().to_string(),
+        ),
+        None => (
+            Vec::new(),
+            "a sandbox without a network namespace".to_owned(),
+        ),
+    };
+    match there == interfaces {
+        true => Ok(()),
+        false => Err(refuse(format!(
+            "the saved sandbox had {}, and {whose} has {}",
+            list(interfaces),
+            list(&there)
+        ))),
+    }
 }
 
 /// The records of containers that are not restored yet. Dropping it removes them.

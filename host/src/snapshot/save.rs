@@ -12,7 +12,6 @@ use crate::hypervisor::Hypervisor;
 use crate::hypervisor::kvm::Kvm;
 use crate::image::{ImageRef, upper};
 use crate::paths::Paths;
-use crate::sandbox::dir::SandboxDir;
 use crate::sandbox::state::{Status, now};
 use crate::sandbox::{Error, Sandbox};
 
@@ -29,7 +28,7 @@ pub async fn save(paths: &Paths, sandbox: &Sandbox, target: &Path) -> Result<(),
             state.id, state.hypervisor
         )));
     }
-    refuse_network(sandbox.dir())?;
+    let network = sandbox.dir().read_network()?;
     let containers = containers(paths, sandbox).await?;
     let draft = Draft::new(target, state.memory_bytes)?;
     let ids: Vec<_> = containers.iter().map(|one| one.id.clone()).collect();
@@ -52,19 +51,10 @@ pub async fn save(paths: &Paths, sandbox: &Sandbox, target: &Path) -> Result<(),
         pod: state.pod,
         vcpus: state.vcpus,
         memory_bytes: state.memory_bytes,
+        interfaces: network.map(|joints| joints.names()).unwrap_or_default(),
         containers,
         created: now(),
     })
-}
-
-fn refuse_network(dir: &SandboxDir) -> Result<(), Error> {
-    match dir.has_network() {
-        false => Ok(()),
-        true => Err(refuse(format!(
-            "sandbox {} has a network: its interfaces cannot be saved",
-            dir.id()
-        ))),
-    }
 }
 
 /// Those that run. Every other one of the guest's is in the way: nobody would know of it in the restored one.

@@ -1,14 +1,20 @@
 //! Running sandboxes saved, and others that go on from there.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use cella_tests::Host;
+use cella_tests::netns::{Netns, missing_for_networks_on};
+use cella_tests::{Host, Said, skip};
 
-use super::here::{Here, MEMORY, MEMORY_FLAG, block_on};
+use super::here::{Here, MEMORY, block_on};
+
+/// Of the sandbox: more than its template's.
+const MORE: u64 = MEMORY + (64 << 20);
+const MORE_FLAG: &str = "320M";
 
 /// What the container does: it counts, in its memory, to a file that it has open in a volume, to its root file system and to
 /// its output. It waits by reading what never comes: a process more each time would cost a second where the kernel is emulated.
@@ -22,6 +28,9 @@ const KILLED_AFTER: [u64; 4] = [10, 40, 90, 200];
 #[test]
 fn a_running_sandbox_goes_on_elsewhere() {
     block_on(async {
+        if let Some(missing) = missing_for_networks_on("kvm") {
+            return skip(&missing);
+        }
         let Some(here) = Here::with_template().await else {
             return;
         };
@@ -41,6 +50,8 @@ struct Saved<'a> {
     host: &'a Host,
     snapshot: PathBuf,
     image: String,
+    /// For each sandbox of this test, by its name.
+    networks: HashMap<&'static str, Netns>,
 }
 
 impl<'a> Saved<'a> {
@@ -53,11 +64,24 @@ impl<'a> Saved<'a> {
             host,
             snapshot: host.path("snapshot"),
             image,
+            networks: ["one", "two", "three", "four"]
+                .map(|name| (name, Netns::new()))
+                .into(),
         };
+        let netns = this.networks["one"].path();
         let volume = format!("{}:/v", volume.display());
         let script = format!("mkdir /kept; {COUNTS}");
-        let mut args = vec!["run", "-d", "--name", "one", "--memory", MEMORY_FLAG];
-        args.extend(["-v", &volume, &this.image, "sh", "-c", &script]);
+        let mut args = vec!["run", "-d", "--name", "one", "--memory", MORE_FLAG];
+        args.extend([
+            "--netns",
+            &netns,
+            "-v",
+            &volume,
+            &this.image,
+            "sh",
+            "-c",
+            &script,
+        ]);
         host.cella(&args).expect_status(0);
         this.steps("one");
         let said = host.cella(&["snapshot", "save", "one", this.path()]);
@@ -98,18 +122,53 @@ impl<'a> Saved<'a> {
     }
 
     fn restore(&self, name: &str) {
-        let said = self
-            .host
-            .cella(&["snapshot", "restore", self.path(), "--name", name]);
+        let said = self.try_restore(self.path(), name);
         assert_eq!(said.expect_status(0).stdout, format!("{name}\n"));
+    }
+
+    fn try_restore(&self, dir: &str, name: &str) -> Said {
+        let netns = self.networks[name].path();
+        let args = [
+            "snapshot", "restore", dir, "--name", name, "--netns", &netns,
+        ];
+        self.host.cella(&args)
+    }
+
+    /// The memory that the guest of a container has, and that it reaches its own network, and it alone.
+    fn memory_and_network(&self, container: &str) -> String {
+        let Netns { net, net6, mac, .. } = &self.networks[container];
+        let said = self.sh(
+            container,
+            &format!(
+                "ping -c 1 -W 20 {net}.1 >/dev/null && grep MemTotal /proc/meminfo
+                cat /sys/class/net/eth0/address; ip -o addr show dev eth0; ip route; ip -6 route"
+            ),
+        );
+        for part in [
+            mac,
+            &format!("{net}.2/24"),
+            &format!("{net6}:2/64"),
+            &format!("default via {net}.1 dev eth0"),
+            &format!("default via {net6}:1 dev eth0"),
+        ] {
+            assert!(said.contains(part), "no {part:?} in {said}");
+        }
+        let others = { self.networks.iter() }.filter(|(name, _)| **name != container);
+        for (_, other) in others {
+            assert!(!said.contains(&format!("{}.", other.net)), "{said}");
+        }
+        said.lines().next().unwrap().to_owned()
     }
 
     fn remove(&self, name: &str) {
         self.host.cella(&["kill", name]).expect_status(0);
         let deadline = Instant::now() + STEP;
-        while self.host.cella(&["rm", name]).status != 0 {
+        let mut removed = false;
+        // Its owner removes the sandbox after the container has ended.
+        while !removed || self.host.path(&format!("run/{name}")).exists() {
             assert!(Instant::now() < deadline, "{name} does not end");
             std::thread::sleep(Duration::from_millis(50));
+            removed = removed || self.host.cella(&["rm", name]).status == 0;
         }
     }
 
@@ -126,7 +185,7 @@ impl<'a> Saved<'a> {
     fn it_goes_on_itself(&self) {
         assert!(self.steps("one") > 0);
         let memory = fs::metadata(self.snapshot.join("memory")).unwrap();
-        assert_eq!(memory.len(), MEMORY);
+        assert_eq!(memory.len(), MORE);
         let written = memory.blocks() * 512;
         assert!(written < MEMORY / 4, "{written} bytes are written");
         assert_eq!(memory.mode() & 0o7777, 0o600);
@@ -144,7 +203,9 @@ impl<'a> Saved<'a> {
             self.restore(name);
         }
         let mut uuids = Vec::new();
+        let memory = self.memory_and_network("one");
         for name in ["one", "two", "three"] {
+            assert_eq!(self.memory_and_network(name), memory);
             let at = self.steps(name);
             assert!(at > saved_at, "{name} is at {at}, saved at {saved_at}");
             assert!([self.count(name), self.count(name)].iter().max() >= Some(&at));
@@ -174,14 +235,9 @@ impl<'a> Saved<'a> {
         said.expect_status(0);
         self.steps("two");
         self.remove("two");
-        let args = [
-            "snapshot",
-            "restore",
-            again.to_str().unwrap(),
-            "--name",
-            "four",
-        ];
-        self.host.cella(&args).expect_status(0);
+        let restored = self.try_restore(again.to_str().unwrap(), "four");
+        restored.expect_status(0);
+        assert_eq!(self.memory_and_network("four"), memory);
         assert_eq!(self.sh("four", "cat /kept/own"), "two\n");
         self.steps("four");
         for name in ["three", "four"] {
@@ -190,12 +246,15 @@ impl<'a> Saved<'a> {
     }
 
     fn what_is_no_snapshot_is_said(&self) {
-        let restore = |dir: &str, name: &str| {
-            self.host
-                .cella(&["snapshot", "restore", dir, "--name", name])
-        };
+        let restore = |dir: &str, name: &str| self.try_restore(dir, name);
         restore("/nonexistent", "two").expect_failure(&["/nonexistent", "No such file"]);
         restore(self.path(), "one").expect_failure(&["one", "exists already"]);
+        let args = ["snapshot", "restore", self.path(), "--name", "two"];
+        let said = self.host.cella(&args);
+        said.expect_failure(&["had the interfaces eth0", "has no interfaces"]);
+        let args = [&args[..], &["--netns", "/run/netns/none"]].concat();
+        let said = self.host.cella(&args);
+        said.expect_failure(&["/run/netns/none", "No such file"]);
         let copy = self.host.path("damaged");
         let damage = |file: &str, change: &dyn Fn(&File), word: &str| {
             let _ = fs::remove_dir_all(&copy);
@@ -245,9 +304,11 @@ impl<'a> Saved<'a> {
                 .unwrap()
                 .count()
         };
-        let before = records();
+        let before = (records(), self.networks["two"].state());
         for after in KILLED_AFTER {
-            let args = ["snapshot", "restore", self.path(), "--name", "two"];
+            let netns = self.networks["two"].path();
+            let mut args = vec!["snapshot", "restore", self.path(), "--name", "two"];
+            args.extend(["--netns", &netns]);
             let mut child = self.host.command(&args).spawn().unwrap();
             std::thread::sleep(Duration::from_millis(after));
             // First the one that starts the other, which may not have its own command line yet.
@@ -256,7 +317,7 @@ impl<'a> Saved<'a> {
             self.kill_processes(&[" two "]);
             self.host.cella(&["gc"]).expect_status(0);
             self.host.cella(&["rm", "two"]);
-            assert_eq!(records(), before);
+            assert_eq!((records(), self.networks["two"].state()), before);
             assert!(!self.host.path("run/two").exists());
         }
     }

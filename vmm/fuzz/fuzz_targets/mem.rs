@@ -40,7 +40,7 @@ fuzz_target!(|data: &[u8]| {
     let file = tempfile::tempfile().unwrap();
     file.set_len(BYTES).unwrap();
     let len = |file: &File| file.metadata().unwrap().len();
-    let device = Mem::new(START, BYTES, file.try_clone().unwrap());
+    let device = Mem::new(START, BYTES, Some(file.try_clone().unwrap()));
     let features = device.features();
     let mut driver = MockDriver::new(device);
     for _ in 0..STEPS {

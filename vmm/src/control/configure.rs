@@ -54,12 +54,14 @@ pub fn parse(
         .map(|device| device_spec(device, fds))
         .collect::<Result<_, _>>()?;
     if let Beginning::Restore(RestoreConfig {
-        added: Some(added), ..
+        added: Some(added),
+        memory_bytes,
+        ..
     }) = &beginning
     {
-        let file = added.file.try_clone();
+        let file = added.file.as_ref().map(File::try_clone).transpose();
         specs.push(DeviceSpec::Mem {
-            start: layout::added_start(configure.memory_bytes),
+            start: layout::added_start(*memory_bytes),
             bytes: added.bytes,
             file: file.map_err(Refusal::io("configuring the machine: added_memory_fd"))?,
         });
@@ -75,30 +77,45 @@ fn saved(
     if configure.console_fd.is_some() {
         return Err(invalid("a restored machine has no console".to_owned()));
     }
-    let added = added_memory(configure, restore, fds)?;
     let mut file = |index: u32, what: &str| take(fds, index, what).map(File::from);
     let state = file(restore.state_fd, "restore.state_fd")?;
+    let state = snapshot::file::read(&state)
+        .map_err(Refusal::snapshot("configuring the machine: the snapshot"))?;
+    let kvm = file(configure.kvm_fd, "kvm_fd")?;
+    let memory = file(configure.memory_fd, "memory_fd")?;
+    let (memory_bytes, added) = memory_sizes(configure, restore, state.added_memory_bytes, fds)?;
     Ok(RestoreConfig {
-        kvm: file(configure.kvm_fd, "kvm_fd")?,
-        memory: file(configure.memory_fd, "memory_fd")?,
-        memory_bytes: configure.memory_bytes,
+        kvm,
+        memory,
+        memory_bytes,
         added,
         vcpus: configure.vcpus,
-        state: snapshot::file::read(&state)
-            .map_err(Refusal::snapshot("configuring the machine: the snapshot"))?,
+        state,
     })
 }
 
-fn added_memory(
+/// What a machine began with, and what it has got since, of which `saved` bytes were saved with it.
+fn memory_sizes(
     configure: &Configure,
     restore: &Restore,
+    saved: u64,
     fds: &mut Fds,
-) -> Result<Option<AddedMemory>, Refusal> {
-    let Some(index) = restore.added_memory_fd else {
-        return Ok(None);
+) -> Result<(u64, Option<AddedMemory>), Refusal> {
+    let (began_with, bytes, file) = match (saved, restore.added_memory_fd) {
+        (0, None) => return Ok((configure.memory_bytes, None)),
+        (0, Some(index)) => {
+            let file = take(fds, index, "restore.added_memory_fd")?.into();
+            let bytes = restore.added_memory_bytes;
+            (configure.memory_bytes, bytes, Some(file))
+        }
+        (_, Some(_)) => {
+            let why = "the saved machine had added memory: there is no place for more";
+            return Err(invalid(why.to_owned()));
+        }
+        // Too little is the machine's to refuse.
+        (saved, None) => (configure.memory_bytes.saturating_sub(saved), saved, None),
     };
-    let bytes = restore.added_memory_bytes;
-    let all = configure.memory_bytes.checked_add(bytes);
+    let all = began_with.checked_add(bytes);
     if bytes == 0
         || !bytes.is_multiple_of(BLOCK_BYTES)
         || all.is_none_or(|all| all > MAX_MEMORY_BYTES)
@@ -108,10 +125,7 @@ fn added_memory(
              {MAX_MEMORY_BYTES} bytes"
         )));
     }
-    Ok(Some(AddedMemory {
-        file: take(fds, index, "restore.added_memory_fd")?.into(),
-        bytes,
-    }))
+    Ok((began_with, Some(AddedMemory { file, bytes })))
 }
 
 fn booted(configure: &Configure, fds: &mut Fds) -> Result<MachineConfig, Refusal> {

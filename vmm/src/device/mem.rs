@@ -65,17 +65,17 @@ enum BlockState {
 pub struct Mem {
     /// Guest-physical address of its range.
     start: u64,
-    /// What the range is mapped from, as long as the range.
-    file: File,
+    /// What the range is mapped from, as long as the range, if it is this machine's alone.
+    file: Option<File>,
     /// Of each block, whether the guest has it in use.
     plugged: Vec<bool>,
     active: Lent,
 }
 
 impl Mem {
-    /// An inactive device whose range is at guest address `start` and mapped, shared, from all of `file`, of `bytes`: whole
-    /// blocks.
-    pub fn new(start: u64, bytes: u64, file: File) -> Self {
+    /// An inactive device whose range is at guest address `start`, of `bytes`: whole blocks. It is mapped, shared, from all of
+    /// `file`; without one, privately from a snapshot.
+    pub fn new(start: u64, bytes: u64, file: Option<File>) -> Self {
         let blocks = usize::try_from(bytes / BLOCK_BYTES).unwrap_or_default();
         Self {
             start,
@@ -158,13 +158,17 @@ impl Mem {
         }
     }
 
-    /// Memory that is given up goes back to the host.
+    /// Memory that is given up goes back to the host. Not that of a snapshot: what the snapshot has of it would be there again.
     fn set(&mut self, blocks: Range<usize>, plugged: bool) -> Answer {
-        if !plugged && !blocks.is_empty() {
+        if let Some(file) = self
+            .file
+            .as_ref()
+            .filter(|_| !plugged && !blocks.is_empty())
+        {
             let at = |block: usize| (block as u64).saturating_mul(BLOCK_BYTES);
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let (offset, bytes) = (at(blocks.start), at(blocks.len()));
-            if rustix::fs::fallocate(&self.file, punch, offset, bytes).is_err() {
+            if rustix::fs::fallocate(file, punch, offset, bytes).is_err() {
                 return Answer::Error;
             }
         }
@@ -217,9 +221,20 @@ impl Device for Mem {
         self.active.get()?.notify(index)
     }
 
-    fn snapshot(&mut self, _step: SnapshotStep<'_>) -> Result<(), DeviceError> {
-        // The template of a machine has none of its own to be restored to, and no place for the range.
-        Err(DeviceError::Snapshot("memory was added to its machine"))
+    /// A byte for each block: 1 if it is plugged.
+    fn snapshot(&mut self, step: SnapshotStep<'_>) -> Result<(), DeviceError> {
+        match step {
+            SnapshotStep::Save(own) => own.extend(self.plugged.iter().copied().map(u8::from)),
+            SnapshotStep::Restore(own) => {
+                if own.len() != self.plugged.len() || own.iter().any(|&byte| byte > 1) {
+                    return Err(DeviceError::Snapshot("its blocks are not this memory's"));
+                }
+                for (block, byte) in self.plugged.iter_mut().zip(own) {
+                    *block = *byte == 1;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn reset(&mut self) -> Option<Resources> {

@@ -54,8 +54,8 @@ pub enum DeviceSpec {
         start: u64,
         /// Whole blocks.
         bytes: u64,
-        /// What the range is mapped from.
-        file: File,
+        /// What the range is mapped from, shared; none if it is a snapshot's.
+        file: Option<File>,
     },
     /// virtio-rng.
     Rng,

@@ -22,13 +22,23 @@ pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// Memory that a machine has beyond that of its snapshot.
+/// Memory that a machine has beyond that which it began with.
 #[derive(Debug)]
 pub struct AddedMemory {
-    /// A memfd of `bytes`.
-    pub file: File,
+    /// A memfd of `bytes`, to be mapped shared. None: it was saved as well, behind the other memory in its file.
+    pub file: Option<File>,
     /// Whole blocks of [`mem::BLOCK_BYTES`](crate::device::mem::BLOCK_BYTES).
     pub bytes: u64,
+}
+
+impl AddedMemory {
+    /// Its bytes in the file of the other memory.
+    pub fn saved_bytes(&self) -> u64 {
+        match self.file {
+            Some(_) => 0,
+            None => self.bytes,
+        }
+    }
 }
 
 /// Why guest memory could not be made.
@@ -76,11 +86,11 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
-    collect(map_ram(file, bytes, libc::MAP_SHARED)?)
+    collect(map_ram(&Arc::new(file), bytes, bytes, libc::MAP_SHARED)?)
 }
 
-/// Maps `bytes` of guest memory from `file`, which must have exactly that size and is never written: a page that the guest
-/// writes becomes this process's own. `added` is mapped shared, behind it.
+/// Maps `bytes` of guest memory from `file`, which must have exactly that size (and that of `added` that was saved) and is never
+/// written: a page that the guest writes becomes this process's own. `added` lies behind it.
 ///
 /// # Errors
 /// See [`MemoryError`].
@@ -89,36 +99,42 @@ pub fn map_private(
     bytes: u64,
     added: Option<AddedMemory>,
 ) -> Result<GuestMemory, MemoryError> {
-    let mut regions = map_ram(file, bytes, libc::MAP_PRIVATE)?;
-    if let Some(AddedMemory { file, bytes: more }) = added {
-        check_file(&file, more)?;
+    let file = Arc::new(file);
+    let saved = added.as_ref().map_or(0, AddedMemory::saved_bytes);
+    let file_bytes = bytes.saturating_add(saved);
+    let mut regions = map_ram(&file, bytes, file_bytes, libc::MAP_PRIVATE)?;
+    if let Some(AddedMemory {
+        file: own,
+        bytes: more,
+    }) = added
+    {
         let start = layout::added_start(bytes);
-        regions.push(map_range(
-            &Arc::new(file),
-            0,
-            start,
-            more,
-            libc::MAP_SHARED,
-        )?);
+        regions.push(match own {
+            Some(own) => {
+                check_file(&own, more)?;
+                map_range(&Arc::new(own), 0, start, more, libc::MAP_SHARED)?
+            }
+            None => map_range(&file, bytes, start, more, libc::MAP_PRIVATE)?,
+        });
     }
     collect(regions)
 }
 
 fn map_ram(
-    file: File,
+    file: &Arc<File>,
     bytes: u64,
+    file_bytes: u64,
     sharing: libc::c_int,
 ) -> Result<Vec<GuestRegionMmap>, MemoryError> {
     if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(PAGE_BYTES)
     {
         return Err(MemoryError::Size { bytes });
     }
-    check_file(&file, bytes)?;
-    let file = Arc::new(file);
+    check_file(file, file_bytes)?;
     let mut regions = Vec::new();
     let mut offset = 0;
     for (address, len) in layout::ram_ranges(bytes) {
-        regions.push(map_range(&file, offset, address, len, sharing)?);
+        regions.push(map_range(file, offset, address, len, sharing)?);
         offset += len;
     }
     Ok(regions)

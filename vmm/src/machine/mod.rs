@@ -111,6 +111,8 @@ pub struct Machine {
     slots: Slots,
     spares: u32,
     facts: cmdline::Facts,
+    // Of its memory, those beyond what it began with.
+    added_bytes: u64,
     // vCPUs of this machine, and those that its guest knows of.
     count: u32,
     possible: u32,
@@ -211,6 +213,7 @@ impl Machine {
             slots: Slots::default(),
             spares: 0,
             facts,
+            added_bytes: 0,
             count,
             possible,
             origin: Some(origin),

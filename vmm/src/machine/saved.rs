@@ -23,9 +23,9 @@ pub struct RestoreConfig {
     pub kvm: File,
     /// The snapshot's memory file: only read.
     pub memory: File,
-    /// Guest RAM in bytes.
+    /// Guest RAM in bytes, without `added`.
     pub memory_bytes: u64,
-    /// Memory that the machine gets in addition; the last of its devices gives it to the guest.
+    /// Memory that the machine gets in addition, or had got when it was saved; the last of its devices gives it to the guest.
     pub added: Option<AddedMemory>,
     /// At least as many as were saved, at most as many as the guest knows of. Those that were not saved wait for the guest to
     /// start them.
@@ -49,13 +49,19 @@ impl Machine {
     pub fn restore(config: RestoreConfig) -> Result<Self, MachineError> {
         let state = config.state;
         let vcpus = (config.vcpus, state.possible_vcpus);
-        check_shape("memory bytes", state.memory_bytes, config.memory_bytes)?;
+        let added = config.added.as_ref();
+        let saved_bytes = added.map_or(0, AddedMemory::saved_bytes);
+        let added_bytes = added.map_or(0, |added| added.bytes);
+        let memory_bytes = config.memory_bytes.saturating_add(saved_bytes);
+        check_shape("memory bytes", state.memory_bytes, memory_bytes)?;
         check_count(state.vcpus.len(), state.possible_vcpus, config.vcpus)?;
         check_vcpus(config.vcpus, state.possible_vcpus)?;
-        pages::check(&config.memory, config.memory_bytes, &state.samples)?;
+        pages::check(&config.memory, memory_bytes, &state.samples)?;
         let memory = memory::map_private(config.memory, config.memory_bytes, config.added)?;
         let origin = Origin::Saved(Box::new(state));
-        Self::make(config.kvm, memory, vcpus, None, origin)
+        let mut machine = Self::make(config.kvm, memory, vcpus, None, origin)?;
+        machine.added_bytes = added_bytes;
+        Ok(machine)
     }
 
     /// The state of a paused machine, but for its devices and its memory.
@@ -88,6 +94,7 @@ impl Machine {
             vcpus,
             possible_vcpus: self.possible,
             spare_slots: self.spares,
+            added_memory_bytes: self.added_bytes,
             chips: Some(self.save_chips()?).into(),
             ..MachineState::default()
         })

@@ -11,7 +11,7 @@ use super::SnapshotError;
 
 const MAGIC: [u8; 8] = *b"CELLASNP";
 /// Raised with every change of what the message means.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const DIGEST_BYTES: usize = 32;
 const HEADER_BYTES: usize = MAGIC.len() + 4 + 4 + DIGEST_BYTES;
 /// The most that a state can have: 32 vCPUs of about 10 KiB each, and some devices. A guest may hold as many files of a shared

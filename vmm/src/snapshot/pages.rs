@@ -209,7 +209,8 @@ mod tests {
     use vm_memory::{GuestAddress, GuestAddressSpace};
 
     use super::*;
-    use crate::machine::memory::{self, MIN_MEMORY_BYTES};
+    use crate::boot::layout;
+    use crate::machine::memory::{self, AddedMemory, MIN_MEMORY_BYTES};
 
     fn memfd() -> File {
         let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -258,6 +259,38 @@ mod tests {
         let second = target();
         assert_eq!(write(&clone.memory(), &second).unwrap().len(), 5);
         assert_eq!(second.metadata().unwrap().blocks() * 512, 5 * 4096);
+    }
+
+    #[test]
+    fn added_memory_lies_behind_the_rest_and_comes_back() {
+        let bytes = MIN_MEMORY_BYTES;
+        let added = |file| Some(AddedMemory { file, bytes });
+        let memory = memory::map_private(memfd(), bytes, added(Some(memfd()))).unwrap();
+        let places = [0x1000, layout::added_start(bytes) + 0x2000];
+        for at in places {
+            memory.memory().write_obj(at, GuestAddress(at)).unwrap();
+        }
+        let file = target();
+        assert!(matches!(
+            write(&memory.memory(), &file),
+            Err(SnapshotError::MemoryLength { .. })
+        ));
+        file.set_len(2 * bytes).unwrap();
+        assert_eq!(write(&memory.memory(), &file).unwrap().len(), 2);
+        assert_eq!(file.metadata().unwrap().blocks() * 512, 2 * 4096);
+        let restored = memory::map_private(file.try_clone().unwrap(), bytes, added(None)).unwrap();
+        for at in places {
+            let value: u64 = restored.memory().read_obj(GuestAddress(at)).unwrap();
+            assert_eq!(value, at);
+        }
+        // Its own from there on.
+        restored
+            .memory()
+            .write_obj(0_u64, GuestAddress(places[1]))
+            .unwrap();
+        assert_eq!(file.metadata().unwrap().blocks() * 512, 2 * 4096);
+        file.set_len(bytes).unwrap();
+        assert!(memory::map_private(file, bytes, added(None)).is_err());
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use proptest::prelude::*;
 
 use super::{BLOCK_BYTES, CONFIG_BYTES, Mem, PLUG, REQUEST_BYTES, STATE, UNPLUG, UNPLUG_ALL};
-use crate::device::Device;
 use crate::device::testing::{Buffer, MockDriver, Used};
+use crate::device::{Device, DeviceError, SnapshotStep};
 
 const START: u64 = 4 << 30;
 const BLOCKS: u64 = 8;
@@ -22,7 +22,7 @@ fn memory() -> File {
 }
 
 fn driver() -> MockDriver<Mem> {
-    MockDriver::new(Mem::new(START, BLOCKS * BLOCK_BYTES, memory()))
+    MockDriver::new(Mem::new(START, BLOCKS * BLOCK_BYTES, Some(memory())))
 }
 
 fn request(kind: u16, address: u64, blocks: u16) -> [u8; REQUEST_BYTES] {
@@ -87,7 +87,7 @@ fn what_is_unplugged_goes_back_to_the_host() {
     let mut driver = MockDriver::new(Mem::new(
         START,
         BLOCKS * BLOCK_BYTES,
-        file.try_clone().unwrap(),
+        Some(file.try_clone().unwrap()),
     ));
     assert_eq!(ask(&mut driver, PLUG, 0, 8), (ACK, 0));
     for block in 0..BLOCKS {
@@ -102,6 +102,34 @@ fn what_is_unplugged_goes_back_to_the_host() {
         (pages(), file.metadata().unwrap().len()),
         (0, 8 * BLOCK_BYTES)
     );
+}
+
+#[test]
+fn blocks_of_a_saved_machine_are_plugged_again() {
+    let mut driver = driver();
+    assert_eq!(ask(&mut driver, PLUG, 2, 3), (ACK, 0));
+    let mut saved = Vec::new();
+    let step = SnapshotStep::Save(&mut saved);
+    driver.device.snapshot(step).unwrap();
+    assert_eq!(saved, [0, 0, 1, 1, 1, 0, 0, 0]);
+
+    let mut restored = MockDriver::new(Mem::new(START, BLOCKS * BLOCK_BYTES, None));
+    let step = SnapshotStep::Restore(&saved);
+    restored.device.snapshot(step).unwrap();
+    assert_eq!(plugged_bytes(&restored), 3 * BLOCK_BYTES);
+    assert_eq!(ask(&mut restored, STATE, 1, 2), (ACK, 2));
+    // The snapshot's file is not this machine's to make holes in.
+    assert_eq!(ask(&mut restored, UNPLUG, 2, 3), (ACK, 0));
+    assert_eq!(plugged_bytes(&restored), 0);
+
+    for wrong in [&saved[1..], &[], &[2; BLOCKS as usize]] {
+        let refused = restored.device.snapshot(SnapshotStep::Restore(wrong));
+        assert!(
+            matches!(refused, Err(DeviceError::Snapshot(_))),
+            "{wrong:?}"
+        );
+        assert_eq!(plugged_bytes(&restored), 0);
+    }
 }
 
 #[test]

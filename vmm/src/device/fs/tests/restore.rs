@@ -1,7 +1,8 @@
 //! Guests that were saved with the file system mounted, and go on in a device over a copy of the directory.
 
-use std::collections::HashSet;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 use cella_proto::snapshot::FsState;
 use fuse_backend_rs::abi::fuse_abi::{FsOptions, GetattrIn, Opcode};
@@ -26,12 +27,44 @@ fn saved(client: &mut Client) -> FsState {
 /// A directory of the test's own, and in it a copy of the share that `client` has: with other numbers on the host.
 pub fn copied(client: &Client) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let to = dir.path().join("share");
-    let copied = std::process::Command::new("cp")
-        .args(["-a".as_ref(), client.path().as_os_str(), to.as_os_str()])
-        .status();
-    assert!(copied.unwrap().success());
+    copy(
+        &client.path(),
+        &dir.path().join("share"),
+        &mut HashMap::new(),
+    );
     dir
+}
+
+/// Not cp(1): another process would have, until it executes, every descriptor of the tests that run beside this one, some of which wait
+/// for an end. `links` has the copies so far, by the numbers of what they are of.
+fn copy(from: &Path, to: &Path, links: &mut HashMap<u64, PathBuf>) {
+    let meta = std::fs::symlink_metadata(from).unwrap();
+    if let Some(same) = links.get(&meta.ino()) {
+        return std::fs::hard_link(same, to).unwrap();
+    }
+    if meta.is_dir() {
+        std::fs::create_dir(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            copy(&entry.path(), &to.join(entry.file_name()), links);
+        }
+    } else if meta.is_symlink() {
+        std::os::unix::fs::symlink(std::fs::read_link(from).unwrap(), to).unwrap();
+    } else {
+        match meta.file_type().is_fifo() {
+            true => {
+                use rustix::fs::{CWD, FileType, Mode, mknodat};
+                mknodat(CWD, to, FileType::Fifo, Mode::RUSR, 0).unwrap();
+            }
+            false => {
+                std::fs::copy(from, to).unwrap();
+            }
+        }
+        links.insert(meta.ino(), to.to_owned());
+    }
+    if !meta.is_symlink() {
+        std::fs::set_permissions(to, meta.permissions()).unwrap();
+    }
 }
 
 pub fn restore(dir: TempDir, own: &[u8]) -> Result<Client, DeviceError> {
