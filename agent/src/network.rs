@@ -57,7 +57,8 @@ struct Link {
 }
 
 /// Brings the loopback device up and sets up what is asked for, in this order: devices with their addresses,
-/// neighbours, routes.
+/// neighbours, routes. Devices with the hardware address `spares` are the first ones' that have none of their own; those
+/// that are left go.
 ///
 /// # Errors
 ///
@@ -66,22 +67,32 @@ pub fn set_up(
     interfaces: &[Interface],
     routes: &[Route],
     neighbors: &[Neighbor],
+    spares: Option<&str>,
 ) -> Result<(), Error> {
     let mut netlink = open()?;
     let up = link_message(LOOPBACK).up();
     ask(&mut netlink, up, || {
         "setting the loopback device up".to_owned()
     })?;
-    if interfaces.is_empty() && routes.is_empty() && neighbors.is_empty() {
+    if interfaces.is_empty() && routes.is_empty() && neighbors.is_empty() && spares.is_none() {
         return Ok(());
     }
+    let spares = spares
+        .map(|text| Mac::parse("spare hardware address", text))
+        .transpose()?;
     let mut links = links(&mut netlink)?;
-    if !all_there(&links, interfaces) {
+    if missing(&links, interfaces) > links_of(&links, spares).count() {
         slots::look_again();
         links = self::links(&mut netlink)?;
     }
     for interface in interfaces {
-        set_up_interface(&mut netlink, &mut links, interface)?;
+        set_up_interface(&mut netlink, &mut links, interface, spares)?;
+    }
+    for unused in links_of(&links, spares) {
+        slots::let_go(&unused.name).map_err(|source| Error::Kernel {
+            doing: format!("letting device {} go", unused.name),
+            source,
+        })?;
     }
     for neighbor in neighbors {
         set_up_neighbor(&mut netlink, &links, neighbor)?;
@@ -123,7 +134,7 @@ pub fn renew(
             source,
         })?;
     }
-    set_up(interfaces, routes, neighbors)
+    set_up(interfaces, routes, neighbors, None)
 }
 
 /// The counters of every device but the loopback.
@@ -153,12 +164,20 @@ pub fn statistics() -> Result<Vec<InterfaceStats>, Error> {
         .collect())
 }
 
-/// Whether each interface has its device. One that has no proper address is another step's to refuse.
-fn all_there(links: &[Link], interfaces: &[Interface]) -> bool {
-    interfaces.iter().all(|interface| {
+/// How many interfaces have no device with their address. One that has no proper address is another step's to refuse.
+fn missing(links: &[Link], interfaces: &[Interface]) -> usize {
+    let there = |interface: &&Interface| {
         Mac::parse("hardware address", &interface.hardware_address)
             .is_ok_and(|mac| links.iter().any(|link| link.mac == Some(mac)))
-    })
+    };
+    interfaces.iter().filter(|one| !there(one)).count()
+}
+
+/// The devices with the hardware address `mac`, if it is one.
+fn links_of(links: &[Link], mac: Option<Mac>) -> impl Iterator<Item = &Link> {
+    links
+        .iter()
+        .filter(move |link| mac.is_some() && link.mac == mac)
 }
 
 fn open() -> Result<Netlink, Error> {
@@ -199,16 +218,27 @@ fn set_up_interface(
     netlink: &mut Netlink,
     links: &mut [Link],
     interface: &Interface,
+    spares: Option<Mac>,
 ) -> Result<(), Error> {
     let mac = Mac::parse("hardware address", &interface.hardware_address)?;
-    let link = links
-        .iter_mut()
-        .find(|link| link.mac == Some(mac))
+    let own = links.iter().position(|link| link.mac == Some(mac));
+    let spare = || {
+        links
+            .iter()
+            .position(|link| spares.is_some() && link.mac == spares)
+    };
+    let link = own
+        .or_else(spare)
+        .and_then(|at| links.get_mut(at))
         .ok_or_else(|| Error::NoDevice {
             by: format!("with the hardware address {}", interface.hardware_address),
         })?;
     // The kernel renames a device only while it is down, which it is in a fresh guest.
     let mut message = link_message(link.index);
+    if link.mac != Some(mac) {
+        message = message.hardware_address(&mac);
+        link.mac = Some(mac);
+    }
     if !interface.name.is_empty() && interface.name != link.name {
         message = message.text(libc::IFLA_IFNAME, &interface.name);
     }

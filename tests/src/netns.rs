@@ -63,6 +63,15 @@ impl Netns {
         netns
     }
 
+    /// Gives it another interface, without addresses.
+    pub fn add_interface(&self, interface: &str) {
+        let (name, other) = (&self.name, self.bridge.replace("cb", "cw"));
+        ip(&format!(
+            "link add {other} type veth peer name {interface} netns {name}\n\
+             -n {name} link set {interface} up"
+        ));
+    }
+
     /// Its path.
     pub fn path(&self) -> String {
         format!("/run/netns/{}", self.name)

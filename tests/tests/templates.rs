@@ -17,6 +17,8 @@ mod cpus;
 mod faults;
 #[path = "templates/here.rs"]
 mod here;
+#[path = "templates/network.rs"]
+mod network;
 #[path = "templates/pool.rs"]
 mod pool;
 #[path = "templates/snapshots.rs"]

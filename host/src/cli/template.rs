@@ -20,8 +20,14 @@ pub struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum What {
     /// Build the template for sandboxes of this shape, unless there is one
-    #[command(after_help = "Example:\n  cella template build --memory 512M --cpus 2")]
-    Build(MachineArgs),
+    #[command(after_help = "Example:\n  cella template build --memory 512M --cpus 2 --network")]
+    Build {
+        #[command(flatten)]
+        machine: MachineArgs,
+        /// For sandboxes with a network: all pods of Kubernetes
+        #[arg(long)]
+        network: bool,
+    },
     /// The templates of this host
     #[command(after_help = "Example:\n  cella template list --json")]
     List {
@@ -45,7 +51,9 @@ enum What {
 pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     let store = Store::new(&context.paths);
     match args.what {
-        What::Build(machine) => build(context, &machine).await?,
+        What::Build { machine, network } => {
+            build(context, &machine, network || machine.netns.is_some()).await?
+        }
         What::List { json } => list(&store, json)?,
         What::Rm { keys, all } => {
             let keys = match all {
@@ -61,7 +69,7 @@ pub async fn main(context: &Context, args: Args) -> Result<u8, Error> {
     Ok(0)
 }
 
-async fn build(context: &Context, machine: &MachineArgs) -> Result<(), Error> {
+async fn build(context: &Context, machine: &MachineArgs, network: bool) -> Result<(), Error> {
     let config = Config::load(&context.paths)?;
     let name = machine.hypervisor.as_deref().unwrap_or(&config.hypervisor);
     let choice =
@@ -76,7 +84,7 @@ async fn build(context: &Context, machine: &MachineArgs) -> Result<(), Error> {
         });
     }
     let (vcpus, memory_bytes) = pod::size_up(&config, machine)?;
-    let shape = Shape::serving(vcpus, memory_bytes, &config.kernel_params);
+    let shape = Shape::serving(vcpus, memory_bytes, network, &config.kernel_params);
     let begin = Instant::now();
     let limit = config.template_limit;
     let (key, built) =
@@ -99,15 +107,20 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
         return Ok(());
     }
     println!(
-        "{:<32} {:>6} {:>9} {:>9}",
-        "TEMPLATE", "CPUS", "MEMORY", "ON DISK"
+        "{:<32} {:>6} {:>9} {:>7} {:>9}",
+        "TEMPLATE", "CPUS", "MEMORY", "NETWORK", "ON DISK"
     );
     for one in listed {
-        let (count, memory) = one.shape.map_or(("?".into(), "?".into()), |shape| {
-            (cpus(&shape), mib(shape.memory_bytes))
-        });
+        let unknown = || "?".to_owned();
+        let (count, memory, network) = match one.shape {
+            None => (unknown(), unknown(), unknown()),
+            Some(shape) => {
+                let network = if shape.nics > 0 { "yes" } else { "no" };
+                (cpus(&shape), mib(shape.memory_bytes), network.to_owned())
+            }
+        };
         println!(
-            "{:<32} {count:>6} {memory:>9} {:>9}",
+            "{:<32} {count:>6} {memory:>9} {network:>7} {:>9}",
             one.key,
             mib(one.bytes)
         );

@@ -9,7 +9,7 @@ pub mod qemu;
 mod saved;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 pub use choose::{Choice, choose};
@@ -207,6 +207,14 @@ pub trait Vm: Send + Sync {
             message: "its hypervisor saves no machines".to_owned(),
         })
     }
+    /// Gives the first network interface `tap` instead of its own; see [`Nic`].
+    async fn plug(&self, _tap: BorrowedFd<'_>) -> Result<(), Error> {
+        Err(Error::Refused {
+            id: self.pid().to_string(),
+            kind: ErrorKind::Unimplemented,
+            message: "its hypervisor plugs nothing in".to_owned(),
+        })
+    }
     /// What another process needs to be its owner; nothing, and the machine ends, if it cannot have another.
     fn hand_over(self: Box<Self>) -> Option<HandedVm> {
         None
@@ -225,7 +233,8 @@ pub trait Hypervisor: Send + Sync {
         false
     }
     /// Makes a virtual machine that goes on where a saved one of the same kernel and memory was, and lets it run. CPUs that the saved one
-    /// had not wait for the guest to start them; the network devices of `spec` are plugged in in addition to the saved one's devices, and its added memory in a device behind them.
+    /// had not wait for the guest to start them. Network interfaces of `spec` that the saved one had not are additional devices, and
+    /// its added memory is one behind them.
     async fn restore(&self, spec: &VmSpec, _saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
         Err(Error::Refused {
             id: spec.id.clone(),

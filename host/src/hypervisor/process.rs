@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cella_proto::vmm::{Configure, Snapshot, Start, Stats, reply, request};
+use cella_proto::vmm::{Configure, Plug, Snapshot, Start, Stats, reply, request};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::channel::Channel;
@@ -88,6 +88,11 @@ impl Vm for VmmProcess {
         let fds = [files.state.as_fd(), files.memory.as_fd()];
         let call = request::Call::Snapshot(snapshot);
         self.channel.call(call, &fds).await.map(drop)
+    }
+
+    async fn plug(&self, tap: BorrowedFd<'_>) -> Result<(), Error> {
+        let call = request::Call::Plug(Plug::default());
+        self.channel.call(call, &[tap]).await.map(drop)
     }
 
     fn hand_over(mut self: Box<Self>) -> Option<HandedVm> {

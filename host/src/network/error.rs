@@ -46,6 +46,9 @@ pub enum Error {
         /// What that is.
         what: String,
     },
+    /// An interface that is of no namespace yet could not be made.
+    #[error("making a network interface: {0}")]
+    Spare(#[source] io::Error),
     /// A system call failed.
     #[error("network namespace {}: {action}: {source}", path.display())]
     System {
@@ -63,9 +66,9 @@ impl Error {
     /// The kind of this failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoNamespace { source, .. } | Self::System { source, .. } => {
-                ErrorKind::from(source)
-            }
+            Self::NoNamespace { source, .. }
+            | Self::System { source, .. }
+            | Self::Spare(source) => ErrorKind::from(source),
             Self::NotANamespace { .. } => ErrorKind::InvalidArgument,
             Self::Host { .. } | Self::Unsupported { .. } => ErrorKind::Unimplemented,
             Self::InUse { .. } => ErrorKind::FailedPrecondition,

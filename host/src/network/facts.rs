@@ -101,7 +101,7 @@ fn interface(link: &Link) -> Interface {
     }
 }
 
-fn mac_text(mac: &[u8]) -> String {
+pub(super) fn mac_text(mac: &[u8]) -> String {
     let bytes: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     bytes.join(":")
 }

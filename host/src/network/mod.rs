@@ -9,6 +9,7 @@
 //! | `netlink` | how the kernel is asked |
 //! | `facts` | what a namespace has |
 //! | `tap` | the other end of the guest's interface |
+//! | `spare` | interfaces before they have a namespace |
 //! | `redirect` | how the two are joined |
 //! | `steer` | how connections made inside of the namespace are caught |
 //!
@@ -18,6 +19,7 @@ mod error;
 mod facts;
 mod netlink;
 mod redirect;
+mod spare;
 mod steer;
 mod tap;
 #[cfg(test)]
@@ -37,6 +39,7 @@ use serde::{Deserialize, Serialize};
 pub use self::error::Error;
 use self::facts::{Facts, Link};
 use self::netlink::{Message, Netlink};
+pub use self::spare::{SPARE_ADDRESS, spares};
 use crate::hypervisor::Nic;
 
 /// Interfaces of a namespace that a guest can have.

@@ -1,5 +1,6 @@
 //! The process that holds the idle clones.
 
+use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -20,6 +21,7 @@ use crate::config::Config;
 use crate::container;
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::{HandedVm, Hypervisor, SavedVm, Vm, VmSpec};
+use crate::network;
 use crate::paths::Paths;
 use crate::sandbox::Error;
 use crate::sandbox::dir::{BootLock, OwnerLock, SandboxDir};
@@ -68,7 +70,7 @@ pub async fn keep(paths: Paths) -> Result<(), Error> {
     let mut keeper = Keeper {
         paths,
         idle: Vec::new(),
-        key: None,
+        asked: VecDeque::new(),
         making: None,
         next: Instant::now(),
     };
@@ -119,8 +121,7 @@ async fn finished(making: &mut Option<Making>) -> Result<Idle, Error> {
 
 /// An idle clone. Dropping it ends it.
 struct Idle {
-    key: Key,
-    vcpus: u32,
+    kind: Ask,
     // The machine first, then what it uses.
     vm: Option<Box<dyn Vm>>,
     dir: SandboxDir,
@@ -141,8 +142,8 @@ impl Drop for Idle {
 struct Keeper {
     paths: Paths,
     idle: Vec<Idle>,
-    /// Of the template that the configuration asks for, if there is one.
-    key: Option<Key>,
+    /// What was asked for, the last first.
+    asked: VecDeque<Ask>,
     making: Option<Making>,
     /// When to look again.
     next: Instant,
@@ -158,23 +159,37 @@ impl Keeper {
         if !config.template || config.pool == 0 {
             return false;
         }
-        let shape = Shape::serving(config.cpus, config.memory_bytes, &config.kernel_params);
-        let key = Key::of(&self.paths, &shape).ok();
-        let saved = key
-            .as_ref()
-            .and_then(|key| Store::new(&self.paths).open(key).ok()?);
-        self.key = key.filter(|_| saved.is_some());
-        self.idle
-            .retain(|idle| Some(&idle.key) == self.key.as_ref() && idle.vcpus == config.cpus);
-        self.idle.truncate(config.pool as usize);
-        if self.idle.len() < config.pool as usize
-            && self.making.is_none()
-            && let (Some(key), Some(saved)) = (&self.key, saved)
+        let mut missing = self.wanted(&config);
+        self.idle.retain(|idle| {
+            let at = missing.iter().position(|kind| *kind == idle.kind);
+            at.map(|at| missing.remove(at)).is_some()
+        });
+        if self.making.is_none()
+            && let Some(kind) = missing.first()
+            && let Some((shape, saved)) = template(&self.paths, kind)
         {
-            let made = make(self.paths.clone(), key.clone(), shape, config.cpus, saved);
+            let made = make(self.paths.clone(), kind.clone(), shape, saved);
             self.making = Some(tokio::spawn(made));
         }
         true
+    }
+
+    /// The kinds of the idle clones that there should be: those that were asked for last, and if there were not as many, the
+    /// configuration's own. Only those that there are templates for.
+    fn wanted(&mut self, config: &Config) -> Vec<Ask> {
+        let count = config.pool as usize;
+        self.asked.truncate(count);
+        let (cpus, memory) = (config.cpus, config.memory_bytes);
+        let shape = Shape::serving(cpus, memory, false, &config.kernel_params);
+        let own = Key::of(&self.paths, &shape).ok().map(|key| Ask {
+            key: key.as_str().to_owned(),
+            vcpus: cpus,
+        });
+        let store = Store::new(&self.paths);
+        let there = |kind: &Ask| Key::parse(&kind.key).is_some_and(|key| store.has(&key));
+        let own = std::iter::repeat_n(own, count).flatten();
+        let asked = self.asked.iter().cloned();
+        asked.chain(own).take(count).filter(there).collect()
     }
 
     fn made(&mut self, made: Result<Idle, Error>) {
@@ -199,12 +214,13 @@ impl Keeper {
         let claimer = claimer.into_std()?;
         wire::prepare(&claimer)?;
         let (ask, _) = wire::receive::<Ask>(&claimer)?;
-        let wanted = |idle: &Idle| idle.key.as_str() == ask.key && idle.vcpus == ask.vcpus;
-        let Some(at) = self.idle.iter().position(wanted) else {
+        let at = self.idle.iter().position(|idle| idle.kind == ask);
+        self.asked.push_front(ask);
+        self.next = Instant::now() + REST;
+        let Some(at) = at else {
             return Ok(());
         };
         let mut idle = self.idle.swap_remove(at);
-        self.next = Instant::now() + REST;
         let Some(vm) = idle.vm.take().and_then(|vm| vm.hand_over()) else {
             return idle.dir.remove().map_err(io::Error::other);
         };
@@ -247,20 +263,21 @@ fn look_after(vm: HandedVm) {
     });
 }
 
-/// Restores the saved machine with `vcpus` CPUs, and leaves it alone: who claims it has its guest bring them online.
-async fn make(
-    paths: Paths,
-    key: Key,
-    shape: Shape,
-    vcpus: u32,
-    saved: SavedVm,
-) -> Result<Idle, Error> {
+/// The template of clones of this kind.
+fn template(paths: &Paths, kind: &Ask) -> Option<(Shape, SavedVm)> {
+    let store = Store::new(paths);
+    let key = Key::parse(&kind.key)?;
+    Some((store.shape(&key)?, store.open(&key).ok()??))
+}
+
+/// Restores the saved machine with its CPUs, and leaves it alone: who claims it has its guest bring them online.
+async fn make(paths: Paths, kind: Ask, shape: Shape, saved: SavedVm) -> Result<Idle, Error> {
     let id = container::new_id()?;
     let dir = SandboxDir::new(&paths, &format!("{PREFIX}{id}"))?;
     let (lock, booting) = dir.create()?;
+    let vcpus = kind.vcpus;
     let mut idle = Idle {
-        key,
-        vcpus,
+        kind,
         vm: None,
         dir,
         lock,
@@ -271,11 +288,11 @@ async fn make(
         memory_bytes: shape.memory_bytes,
         ..plain_vm_spec(&paths, &idle.dir)
     };
-    let vm = match Kvm.restore(&spec, &saved).await {
+    let vm = match restore(spec, &shape, &saved).await {
         Ok(vm) => vm,
         Err(error) => {
             idle.dir.remove()?;
-            return Err(error.into());
+            return Err(error);
         }
     };
     let own = ProcessId::own();
@@ -293,4 +310,9 @@ async fn make(
     // From here on its drop removes it.
     idle.vm = Some(vm);
     written.map(|()| idle)
+}
+
+async fn restore(mut spec: VmSpec, shape: &Shape, saved: &SavedVm) -> Result<Box<dyn Vm>, Error> {
+    spec.nics = network::spares(shape.nics).await?;
+    Ok(Kvm.restore(&spec, saved).await?)
 }

@@ -1,5 +1,7 @@
-//! A pool (off by default): idle clones that wait for whoever needs a sandbox of the configuration's own shape and no network
-//! interfaces. Claiming one spares the start of its VMM.
+//! A pool (off by default): idle clones that wait for whoever needs a sandbox. Claiming one spares the start of its VMM.
+//!
+//! There are as many as the configuration says, and of the kinds that were asked for last: those that the last so many
+//! sandboxes would have needed. In the beginning they are of the configuration's own shape, without a network.
 //!
 //! One keeper a run directory holds them: a process in the background that ends when the configuration asks for no pool
 //! any more. An idle clone is a sandbox like any other: a directory `pool-<id>` whose owner is the keeper. Who claims it gets the

@@ -22,7 +22,7 @@ const MAX_FDS: usize = 4;
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// What is asked for.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ask {
     /// The template's name.
     pub key: String,

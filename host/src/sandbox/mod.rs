@@ -5,6 +5,7 @@
 //! | [`dir`] | its directory on the host |
 //! | [`state`] | what is written down of it |
 //! | [`agent`] | the connection to its agent |
+//! | `ways` | what there is to clone |
 //! | `start` | from a directory to a guest that is set up: cloned or booted |
 //! | `saved` | saved, and restored |
 //! | `calls` | what it asks of its agent |
@@ -25,6 +26,7 @@ mod start;
 pub mod state;
 pub mod stdio;
 pub mod volume;
+mod ways;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -40,8 +42,9 @@ pub use self::agent::Agent;
 use self::dir::{OwnerLock, SandboxDir};
 pub use self::error::{Error, StartFailure};
 pub use self::saved::Restoration;
-pub use self::start::TemplateUse;
 pub(crate) use self::start::plain_vm_spec;
+pub use self::ways::TemplateUse;
+use self::ways::{Found, Ways};
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, Disk, Hypervisor, Vm};
 use crate::paths::Paths;
@@ -122,10 +125,10 @@ impl Sandbox {
         spec: SandboxSpec,
         timeline: &Timeline,
     ) -> Result<Self, Error> {
-        let found = start::Found::look(paths, hypervisor, &spec);
+        let found = Found::look(paths, hypervisor, &spec);
         let claimed = found.claim(paths, &spec);
-        let (vm, lock, booting) = match claimed.map(|claimed| claimed.settle(&dir)) {
-            Some(Ok((vm, lock, booting))) => (Some(vm), lock, booting),
+        let (idle, lock, booting) = match claimed.map(|claimed| claimed.settle(&dir)) {
+            Some(Ok((idle, lock, booting))) => (Some(idle), lock, booting),
             other => {
                 if let Some(Err(error)) = other {
                     tracing::debug!("claiming an idle sandbox: {error}");
@@ -136,9 +139,9 @@ impl Sandbox {
         };
         // From here on the directory is this call's to remove. The machine, made later, is dropped before.
         let mut unfinished = Unfinished(Some(dir.clone()));
-        let ways = start::Ways {
+        let ways = Ways {
             hypervisor,
-            claimed: vm,
+            idle,
             found,
         };
         let started = start::bring_up(paths, &dir, ways, spec, timeline).await?;

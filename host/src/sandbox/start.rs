@@ -1,5 +1,6 @@
 //! From a sandbox's directory to a guest that is set up: cloned from a template, or booted.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,13 +12,13 @@ use super::agent::{self, Agent};
 use super::dir::{self, SandboxDir};
 use super::forward::Forward;
 use super::state::{self, ProcessId, SandboxState};
+use super::ways::{self, Found, TemplateUse, Ways};
 use super::{Error, GUEST_SHARE, SandboxSpec};
 use crate::error::ErrorKind;
 use crate::hypervisor::{self, HandedVm, Hypervisor, Nic, SavedVm, Vm, VmSpec};
-use crate::network::{Entrance, Network};
+use crate::network::{self, Entrance, Network};
 use crate::paths::Paths;
-use crate::pool::{self, Claimed};
-use crate::template::{self, Key, Shape, Store};
+use crate::template::Shape;
 use crate::timeline::Timeline;
 
 /// How long a guest may take from its first instruction to its agent's call. Where KVM has no hardware, a cold
@@ -28,19 +29,6 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const CLONE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How much longer for each CPU that its guest has to start: so long the guest's kernel waits for one.
 const CPU_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What templates had to do with a sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TemplateUse {
-    /// It is a clone.
-    Cloned,
-    /// It is a clone that waited in the pool.
-    Claimed,
-    /// It was booted; with a template of this shape it could have been a clone.
-    Wanted(Shape),
-    /// It was booted, and another one like it will be.
-    Unused,
-}
 
 /// A guest that is set up.
 pub(super) struct Started {
@@ -64,6 +52,11 @@ pub(super) async fn bring_up(
         .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
     dir::open_to_vmm(&dialled)?;
     let mut request = set_up_request(&spec);
+    if let Found::Template { shape, .. } = &ways.found
+        && shape.nics > 0
+    {
+        request.spare_hardware_address = network::SPARE_ADDRESS.into();
+    }
     let (nics, entrance) = match &spec.netns {
         Some(netns) => {
             let (network, entrance) = connect(dir, netns).await?;
@@ -93,8 +86,8 @@ pub(super) async fn bring_up(
         state,
         request,
     };
-    let claimed = match ways.claimed {
-        Some(handed) => start.claimed(handed).await,
+    let claimed = match ways.idle {
+        Some(idle) => start.claimed(idle, &vm_spec.nics).await,
         None => None,
     };
     let (vm, agent, template) = match claimed {
@@ -113,82 +106,6 @@ pub(super) async fn bring_up(
         template,
         forward: forward.transpose()?,
     })
-}
-
-/// The ways to a machine, the quickest first.
-pub(super) struct Ways<'a> {
-    pub(super) hypervisor: &'a dyn Hypervisor,
-    /// An idle clone that is this process's.
-    pub(super) claimed: Option<HandedVm>,
-    pub(super) found: Found,
-}
-
-/// What there is to clone.
-pub(super) enum Found {
-    Template(Key, Shape, SavedVm),
-    Missing(Shape),
-    Nothing,
-}
-
-impl Found {
-    /// An idle clone of it. Those of the pool have no network interfaces, no disks and no added memory, and the configuration's CPUs.
-    pub(super) fn claim(&self, paths: &Paths, spec: &SandboxSpec) -> Option<Claimed> {
-        match self {
-            Self::Template(key, shape, _)
-                if spec.pool
-                    && spec.netns.is_none()
-                    && spec.disks.is_empty()
-                    && spec.memory_bytes == shape.memory_bytes =>
-            {
-                pool::claim(paths, key, spec.vcpus)
-            }
-            _ => None,
-        }
-    }
-
-    pub(super) fn look(paths: &Paths, hypervisor: &dyn Hypervisor, spec: &SandboxSpec) -> Self {
-        // A console is a device that a template does not have.
-        if !spec.template || !hypervisor.saves() || spec.console.is_some() {
-            return Self::Nothing;
-        }
-        let shape = Shape::serving(spec.vcpus, spec.memory_bytes, &spec.cmdline);
-        let key = match Key::of(paths, &shape) {
-            Ok(key) => key,
-            // A program is missing: the boot fails of it, and says so.
-            Err(error) => {
-                tracing::debug!("looking for a template: {error}");
-                return Self::Nothing;
-            }
-        };
-        match Store::new(paths).open(&key) {
-            Ok(Some(saved)) => Self::Template(key, shape, saved),
-            Ok(None) => Self::Missing(shape),
-            Err(error) => {
-                tracing::warn!("looking for a template: {error}; booting instead");
-                Self::Nothing
-            }
-        }
-    }
-}
-
-/// Makes `spec` that of a clone of a template of `shape`, with the memory that it has beyond that as added memory.
-fn grow(spec: &mut VmSpec, shape: &Shape) {
-    let more = spec.memory_bytes.saturating_sub(shape.memory_bytes);
-    spec.added_memory_bytes = more
-        .checked_next_multiple_of(hypervisor::ADDED_BLOCK)
-        .unwrap_or(more);
-    spec.memory_bytes = shape.memory_bytes;
-}
-
-/// A template that cannot be used is in the way of one that can, unless it is the host that lacks something.
-fn discard(paths: &Paths, key: &Key, why: &Error) {
-    if why.kind() == ErrorKind::ResourceExhausted {
-        return;
-    }
-    match Store::new(paths).remove(key) {
-        Ok(()) | Err(template::Error::NotFound(_)) => {}
-        Err(error) => tracing::warn!("{error}"),
-    }
 }
 
 /// What starting a machine needs, either way.
@@ -212,19 +129,23 @@ impl Start<'_> {
         mut spec: VmSpec,
         listener: &UnixListener,
     ) -> Result<(Box<dyn Vm>, Agent, TemplateUse), Error> {
-        let memory_bytes = spec.memory_bytes;
-        if let Found::Template(_, shape, _) = &found {
-            grow(&mut spec, shape);
-            self.state.memory_bytes = spec.memory_bytes.saturating_add(spec.added_memory_bytes);
-        }
+        let (memory_bytes, nics) = (spec.memory_bytes, spec.nics.len());
         let template = match found {
-            Found::Template(key, shape, saved) => match self.clone_from(&spec, &saved).await {
-                Ok(Ok((vm, agent))) => return Ok((vm, agent, TemplateUse::Cloned)),
+            Found::Template {
+                key,
+                shape,
+                saved,
+                better,
+            } => match self.clone_from(&mut spec, &shape, &saved).await {
+                Ok(Ok((vm, agent))) => {
+                    let how = better.map_or(TemplateUse::Cloned, TemplateUse::Grown);
+                    return Ok((vm, agent, how));
+                }
                 Ok(Err(refusal)) => return Err(self.refused(refusal)),
                 Err(error) => {
                     let key_text = key.as_str();
                     tracing::warn!("cloning template {key_text}: {error}; booting instead");
-                    discard(paths, &key, &error);
+                    ways::discard(paths, &key, &error);
                     self.clear()?;
                     TemplateUse::Wanted(shape)
                 }
@@ -233,6 +154,7 @@ impl Start<'_> {
             Found::Nothing => TemplateUse::Unused,
         };
         self.state.memory_bytes = memory_bytes;
+        spec.nics.truncate(nics);
         let (vm, agent) = self
             .boot(
                 VmSpec {
@@ -245,20 +167,26 @@ impl Start<'_> {
         Ok((vm, agent, template))
     }
 
-    /// Restores the saved machine, and gives the agent that waits in it its identity before anything else.
-    async fn clone_from(&mut self, spec: &VmSpec, saved: &SavedVm) -> Result<SetUp, Error> {
+    /// Restores the saved machine, which is of `shape`, and gives the agent that waits in it its identity before anything else.
+    async fn clone_from(
+        &mut self,
+        spec: &mut VmSpec,
+        shape: &Shape,
+        saved: &SavedVm,
+    ) -> Result<SetUp, Error> {
+        ways::grow(spec, shape);
+        self.state.memory_bytes = spec.memory_bytes.saturating_add(spec.added_memory_bytes);
         self.request.added_memory_bytes = spec.added_memory_bytes;
+        let wired = u32::try_from(spec.nics.len()).unwrap_or(u32::MAX);
+        let unused = network::spares(shape.nics.saturating_sub(wired)).await?;
+        spec.nics.extend(unused);
         let vm = self.hypervisor.restore(spec, saved).await?;
         self.identify(vm).await
     }
 
     /// An idle clone with its identity, if it lives and takes it.
-    async fn claimed(&mut self, handed: HandedVm) -> Option<(Box<dyn Vm>, Agent)> {
-        let identified = match self.hypervisor.take_over(self.dir.id(), handed) {
-            Ok(vm) => self.identify(vm).await,
-            Err(error) => Err(error.into()),
-        };
-        match identified {
+    async fn claimed(&mut self, idle: HandedVm, nics: &[Nic]) -> Option<(Box<dyn Vm>, Agent)> {
+        match self.take_over(idle, nics).await {
             Ok(Ok(identified)) => return Some(identified),
             Ok(Err(refusal)) => tracing::debug!("an idle sandbox: {refusal}"),
             Err(error) => tracing::debug!("an idle sandbox: {error}"),
@@ -266,6 +194,19 @@ impl Start<'_> {
         // Its socket is in the way of the next attempt, which says what is wrong if that fails too.
         let _ = self.clear();
         None
+    }
+
+    async fn take_over(&mut self, idle: HandedVm, nics: &[Nic]) -> Result<SetUp, Error> {
+        let vm = self.hypervisor.take_over(self.dir.id(), idle)?;
+        match nics {
+            [] => {}
+            [nic] => vm.plug(nic.tap.as_fd()).await?,
+            _ => {
+                let why = "it has one interface, and cannot get more while it runs";
+                return Err(Error::state(ErrorKind::FailedPrecondition, why));
+            }
+        }
+        self.identify(vm).await
     }
 
     async fn identify(&mut self, vm: Box<dyn Vm>) -> Result<SetUp, Error> {
@@ -305,6 +246,7 @@ impl Start<'_> {
         self.timeline.ready(agent.ready().await?, started_us);
         personalize(&mut self.request)?;
         (self.request.added_memory_bytes, self.request.vcpus) = (0, 0);
+        self.request.spare_hardware_address.clear();
         agent
             .client()
             .set_up_sandbox(Context::default(), &self.request)

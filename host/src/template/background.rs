@@ -40,7 +40,7 @@ enum Order {
 /// cannot be started is no failure of this one.
 pub fn provide(paths: &Paths, config: &Config, sandbox: &Sandbox) {
     let has_templates = match sandbox.template_use() {
-        Some(TemplateUse::Wanted(shape)) => {
+        Some(TemplateUse::Wanted(shape) | TemplateUse::Grown(shape)) => {
             start(&Order::BuildTemplate {
                 paths: paths.clone(),
                 shape: shape.clone(),

@@ -7,12 +7,13 @@ use tokio::net::UnixListener;
 
 use super::rehearsal::rehearse;
 use super::{Error, Key, Shape, Store};
-use crate::hypervisor::{Hypervisor, Vm, VmSpec};
+use crate::hypervisor::{Hypervisor, Nic, Vm, VmSpec};
+use crate::network;
 use crate::paths::Paths;
 use crate::sandbox::agent::AGENT_PORT;
 use crate::sandbox::dir::{self, SandboxDir};
 use crate::sandbox::state::{self, ProcessId, SandboxState};
-use crate::sandbox::{Sandbox, plain_vm_spec};
+use crate::sandbox::{self, Sandbox, plain_vm_spec};
 
 /// The word that tells the agent what it is for.
 const WORD: &str = "cella_template=1";
@@ -88,7 +89,9 @@ async fn save(
         resolv_conf: false,
         created: state::now(),
     };
-    let vm = hypervisor.boot(vm_spec(paths, shape, dir)).await?;
+    let nics = network::spares(shape.nics).await;
+    let spec = vm_spec(paths, shape, dir, nics.map_err(sandbox::Error::from)?);
+    let vm = hypervisor.boot(spec).await?;
     state.vmm = ProcessId::of(vm.pid()).unwrap_or(state.vmm);
     dir.write_state(&state)?;
     tokio::select! {
@@ -125,7 +128,7 @@ async fn wait_for_word(listener: &UnixListener) -> Result<(), Error> {
     }
 }
 
-fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
+fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir, nics: Vec<Nic>) -> VmSpec {
     VmSpec {
         vcpus: shape.vcpus,
         possible_vcpus: shape.possible_vcpus,
@@ -135,6 +138,7 @@ fn vm_spec(paths: &Paths, shape: &Shape, dir: &SandboxDir) -> VmSpec {
             words => format!("{words} {WORD}"),
         },
         spare_slots: SPARE_SLOTS,
+        nics,
         ..plain_vm_spec(paths, dir)
     }
 }

@@ -12,7 +12,7 @@ use super::Error;
 use crate::paths::Paths;
 
 /// Raised when templates are made in another way.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Characters of a key.
 pub const KEY_CHARS: usize = 32;
@@ -26,21 +26,28 @@ pub struct Shape {
     pub possible_vcpus: u32,
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
+    /// Network interfaces that the guest has found: a clone's first. For a driver to find one costs as much as all else that a
+    /// clone's set-up does.
+    pub nics: u32,
     /// The caller's words on the kernel's command line.
     pub cmdline: String,
 }
 
-/// Guest RAM of the templates that sandboxes of as much memory or more are cloned from, bytes: a sandbox's that says nothing
-/// of its memory. What a larger one has beyond it is added when it is cloned.
-const SERVED_FROM: u64 = 256 << 20;
+/// Guest RAM of the templates that every sandbox of as much memory or more can be cloned from, bytes: a sandbox's that says
+/// nothing of its memory. What a larger one has beyond it is added when it is cloned.
+const COMMON_BYTES: u64 = 256 << 20;
+
+/// The most guest RAM of a template, bytes: a sixty-fourth of it is on disk, for the guest's description of its pages.
+const MAX_BYTES: u64 = 8 << 30;
 
 /// CPUs that the guest of the template for more than one knows of: sandboxes of so many are its clones, and bring the others
 /// online. As many as most pods have at most; a larger sandbox has a template of its own number, booted with all of them.
 const SERVED_UP_TO: u32 = 8;
 
 impl Shape {
-    /// The shape of the template that serves sandboxes of this one.
-    pub fn serving(vcpus: u32, memory_bytes: u64, cmdline: &str) -> Self {
+    /// The shape of the template that serves sandboxes of `vcpus` CPUs and `memory_bytes`, with a `network` or without, best: its
+    /// clones have nothing to take into use, up to [`MAX_BYTES`].
+    pub fn serving(vcpus: u32, memory_bytes: u64, network: bool, cmdline: &str) -> Self {
         let (vcpus, possible_vcpus) = match vcpus {
             // A guest that knows of one CPU is cheaper while it is idle, by a quarter where KVM has no hardware: twenty of
             // those that know of more kept a host of two processors busy.
@@ -50,8 +57,17 @@ impl Shape {
         Self {
             vcpus,
             possible_vcpus,
-            memory_bytes: memory_bytes.min(SERVED_FROM),
+            memory_bytes: memory_bytes.min(MAX_BYTES),
+            nics: u32::from(network),
             cmdline: cmdline.to_owned(),
+        }
+    }
+
+    /// The shape of the template that serves them, too, and those of every other size: the first to be built.
+    pub fn common(&self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.min(COMMON_BYTES),
+            ..self.clone()
         }
     }
 }
@@ -76,8 +92,8 @@ impl Key {
         }
         let _ = writeln!(
             text,
-            "{} {} {} {:?}",
-            shape.vcpus, shape.possible_vcpus, shape.memory_bytes, shape.cmdline
+            "{} {} {} {} {:?}",
+            shape.vcpus, shape.possible_vcpus, shape.memory_bytes, shape.nics, shape.cmdline
         );
         text.push_str(&processor());
         // Where KVM has no hardware the guest counts the host's time stamps, which begin anew with it.
@@ -156,6 +172,7 @@ mod tests {
             vcpus: 1,
             possible_vcpus: 8,
             memory_bytes: 128 << 20,
+            nics: 0,
             cmdline: String::new(),
         }
     }
@@ -176,6 +193,7 @@ mod tests {
             |shape: &mut Shape| shape.vcpus = 2,
             |shape: &mut Shape| shape.possible_vcpus = 9,
             |shape: &mut Shape| shape.memory_bytes += 1 << 20,
+            |shape: &mut Shape| shape.nics = 1,
             |shape: &mut Shape| shape.cmdline.push_str("quiet"),
         ] {
             let mut other = shape();
@@ -192,18 +210,19 @@ mod tests {
     }
 
     #[test]
-    fn one_template_serves_all_that_are_larger() {
-        let memory = |mib: u64| Shape::serving(1, mib << 20, "").memory_bytes >> 20;
-        assert_eq!(
-            [64, 255, 256, 257, 4096].map(memory),
-            [64, 255, 256, 256, 256]
-        );
+    fn each_size_has_a_template_and_one_serves_all_that_are_larger() {
+        let shape = |mib: u64| Shape::serving(1, mib << 20, true, "");
+        let best = |mib| shape(mib).memory_bytes >> 20;
+        assert_eq!([64, 257, 8192, 8193].map(best), [64, 257, 8192, 8192]);
+        let common = |mib| shape(mib).common().memory_bytes >> 20;
+        assert_eq!([64, 256, 257, 8193].map(common), [64, 256, 256, 256]);
+        assert_eq!(shape(8193).common(), Shape::serving(1, 256 << 20, true, ""));
     }
 
     #[test]
     fn one_template_serves_two_to_eight_cpus() {
         let cpus = |cpus| {
-            let shape = Shape::serving(cpus, 256 << 20, "");
+            let shape = Shape::serving(cpus, 256 << 20, false, "");
             (shape.vcpus, shape.possible_vcpus)
         };
         assert_eq!([2, 3, 8].map(cpus), [(1, 8); 3]);

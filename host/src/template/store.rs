@@ -91,6 +91,11 @@ impl Store {
         Ok(Some(saved))
     }
 
+    /// The shape of the template `key`, if there is one.
+    pub fn shape(&self, key: &Key) -> Option<Shape> {
+        self.describe(key).shape
+    }
+
     /// Whether there is a template `key`, whole or not.
     pub fn has(&self, key: &Key) -> bool {
         self.dir.join(key.as_str()).exists()

@@ -5,13 +5,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use cella_host::hypervisor::kvm::Kvm;
 use cella_host::sandbox::agent::{self, AGENT_PORT, Agent};
 use cella_host::sandbox::dir::SandboxDir;
 use cella_host::sandbox::{Sandbox, TemplateUse};
+use cella_host::template::{self, Key, Shape};
 use cella_proto::agent::{CreateContainerRequest, IdentityResponse, SetUpSandboxRequest};
 use ttrpc::context::Context;
 
-use super::here::{Here, MEMORY, block_on};
+use super::here::{Here, LIMIT, MEMORY, block_on};
 use super::pool;
 
 const CLONES: usize = 50;
@@ -54,17 +56,19 @@ fn clones_are_safe_and_cheap() {
 
 /// What it has beyond its template is not whole memory blocks of the guest's kernel (128 MiB).
 async fn a_larger_one_has_all_of_its_memory(here: &Here) {
-    let memory_kib = async |id, bytes| {
+    let memory_kib = async |id, bytes, how| {
         let sandbox = here.sandbox_with(id, |spec| spec.memory_bytes = bytes);
         let sandbox = sandbox.await.unwrap();
-        assert_eq!(sandbox.template_use(), Some(&TemplateUse::Cloned));
+        assert_eq!(sandbox.template_use(), Some(&how));
         let kib = sandbox.info().await.unwrap().memory_total_kib;
         sandbox.discard().await.unwrap();
         kib
     };
     let more = 150 << 20;
-    let plain = memory_kib("plain", MEMORY).await;
-    let larger = memory_kib("larger", MEMORY + more).await;
+    let better = Shape::serving(1, MEMORY + more, false, "");
+    let plain = memory_kib("plain", MEMORY, TemplateUse::Cloned).await;
+    let grown = TemplateUse::Grown(better.clone());
+    let larger = memory_kib("larger", MEMORY + more, grown).await;
     // The kernel describes each page of a block, of which it has two, by 64 bytes.
     let added = larger - plain;
     let expected = (more >> 10) - (4 << 10);
@@ -72,6 +76,14 @@ async fn a_larger_one_has_all_of_its_memory(here: &Here) {
         (expected - 1024..=more >> 10).contains(&added),
         "{added} KiB"
     );
+    // With a template of its own size it has nothing to grow by.
+    template::build(&here.paths, &Kvm, &better, LIMIT)
+        .await
+        .unwrap();
+    let same = memory_kib("same", MEMORY + more, TemplateUse::Cloned).await;
+    assert!(same.abs_diff(larger) < 8 << 10, "{same} KiB, {larger} KiB");
+    let key = Key::of(&here.paths, &better).unwrap();
+    here.store().remove(&key).unwrap();
 }
 
 async fn fifty_have_nothing_in_common(here: &Here) {

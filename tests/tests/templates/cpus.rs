@@ -19,11 +19,11 @@ const ON_EACH: &str = "compute='i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); do
 fn one_template_serves_pods_of_several_cpus() {
     block_on(async {
         let Some(here) = Here::new() else { return };
-        let shape = Shape::serving(2, MEMORY, "");
+        let shape = Shape::serving(2, MEMORY, false, "");
         let built = template::build(&here.paths, &Kvm, &shape, LIMIT).await;
         let (key, _) = built.unwrap();
         each_clone_has_its_own_number(&here).await;
-        idle_ones_have_the_cpus_of_the_configuration(&here).await;
+        idle_ones_have_the_cpus_that_were_asked_for(&here).await;
         assert_eq!(here.templates(), [key.as_str()]);
         here.host.assert_clean();
     });
@@ -51,8 +51,8 @@ async fn each_clone_has_its_own_number(here: &Here) {
     }
 }
 
-/// A machine that runs cannot get more.
-async fn idle_ones_have_the_cpus_of_the_configuration(here: &Here) {
+/// A machine that runs cannot get more: in the beginning they have those of the configuration.
+async fn idle_ones_have_the_cpus_that_were_asked_for(here: &Here) {
     let claim = async |id, cpus| {
         let wanted = here.sandbox_with(id, |spec| (spec.pool, spec.vcpus) = (true, cpus));
         let sandbox = wanted.await.unwrap();
@@ -68,10 +68,22 @@ async fn idle_ones_have_the_cpus_of_the_configuration(here: &Here) {
     wait_for("an idle one", || idle(here).len() == 1);
     // A state is written just before the keeper has it among those to give.
     std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(claim("three", 3).await, Some(TemplateUse::Cloned));
     assert_eq!(claim("two", 2).await, Some(TemplateUse::Claimed));
+    assert_eq!(claim("three", 3).await, Some(TemplateUse::Cloned));
+    wait_for("one with three", || idle_with_cpus(here, 3));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(claim("three", 3).await, Some(TemplateUse::Claimed));
     let drop_ins = here.host.path("config.d");
     fs::create_dir(&drop_ins).unwrap();
     fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
     wait_for("the keeper's end", || keeper(here).is_none());
+}
+
+fn idle_with_cpus(here: &Here, cpus: u32) -> bool {
+    let states = idle(here).into_iter().map(|id| {
+        let state = here.paths.run_dir.join(id).join("sandbox.json");
+        fs::read_to_string(state).unwrap_or_default()
+    });
+    let text = format!("\"vcpus\": {cpus},");
+    { states }.any(|state| state.contains(&text))
 }

@@ -44,8 +44,13 @@ impl Here {
 
     /// The same with a template.
     pub async fn with_template() -> Option<Self> {
+        Self::with(&shape()).await
+    }
+
+    /// The same with a template of `shape`.
+    pub async fn with(shape: &Shape) -> Option<Self> {
         let here = Self::new()?;
-        let built = template::build(&here.paths, &Kvm, &shape(), LIMIT).await;
+        let built = template::build(&here.paths, &Kvm, shape, LIMIT).await;
         assert_eq!(built.unwrap().1, Built::New);
         Some(here)
     }
@@ -139,7 +144,7 @@ impl Here {
 }
 
 pub fn shape() -> Shape {
-    Shape::serving(1, MEMORY, "")
+    Shape::serving(1, MEMORY, false, "")
 }
 
 /// Runs a test's future.

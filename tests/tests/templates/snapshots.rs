@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use cella_host::template::Shape;
 use cella_tests::netns::{Netns, missing_for_networks_on};
 use cella_tests::{Host, Said, skip};
 
 use super::here::{Here, MEMORY, block_on};
+use super::pool::wait_for;
 
 /// Of the sandbox: more than its template's.
 const MORE: u64 = MEMORY + (64 << 20);
@@ -31,7 +33,7 @@ fn a_running_sandbox_goes_on_elsewhere() {
         if let Some(missing) = missing_for_networks_on("kvm") {
             return skip(&missing);
         }
-        let Some(here) = Here::with_template().await else {
+        let Some(here) = Here::with(&Shape::serving(1, MEMORY, true, "")).await else {
             return;
         };
         let saved = Saved::new(&here.host);
@@ -41,6 +43,8 @@ fn a_running_sandbox_goes_on_elsewhere() {
         saved.a_restore_that_is_killed_leaves_nothing();
         saved.what_cannot_be_saved_is_said();
         saved.an_owner_that_is_killed_leaves_no_snapshot();
+        // The template of its size, which was missing.
+        wait_for("its template", || here.templates().len() == 2);
         here.host.assert_clean();
     });
 }
@@ -174,12 +178,18 @@ impl<'a> Saved<'a> {
 
     /// Kills those whose command line has every one of `words`; one may have ended by itself.
     fn kill_processes(&self, words: &[&str]) {
-        for (pid, line) in self.host.processes() {
-            if words.iter().all(|word| line.contains(word)) {
-                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        let mut processes = self.host.processes();
+        processes.retain(|(_, line)| words.iter().all(|word| line.contains(word)));
+        for (pid, _) in &processes {
+            let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
+        // A zombie holds no lock any more.
+        let has_ended = |(pid, _): &(u32, String)| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+            stat.map_or(true, |stat| stat.contains(") Z "))
+        };
+        wait_for("their end", || processes.iter().all(has_ended));
     }
 
     fn it_goes_on_itself(&self) {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use cella_proto::vmm::{
-    Configure, Done, ErrorKind, Reply, Request, Snapshot, Started, Stats, reply, request,
+    Configure, Done, ErrorKind, Plug, Reply, Request, Snapshot, Started, Stats, reply, request,
 };
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 
@@ -86,6 +86,7 @@ impl Session {
                 CompanionMachine::resume,
             )?,
             Some(Call::Snapshot(snapshot)) => self.snapshot(&snapshot, fds)?,
+            Some(Call::Plug(plug)) => self.plug(&plug, fds)?,
             Some(Call::Stop(_)) => self.stopping = true,
             Some(Call::GetStats(_)) => return self.get_stats().map(reply::Body::Stats),
             _ => {
@@ -253,6 +254,20 @@ impl Session {
             .map_err(Refusal::snapshot(action))?;
         drop(frozen);
         file::write(&state_file.into(), &state).map_err(Refusal::snapshot(action))
+    }
+
+    /// Gives the network device the tap that came along.
+    fn plug(&mut self, plug: &Plug, mut fds: Fds) -> Result<(), Refusal> {
+        let action = "plugging a network in";
+        let built = self.built.as_ref().ok_or_else(|| not_configured(action))?;
+        let tap = configure::take(&mut fds, plug.tap_fd, "tap_fd")?;
+        match built.devices.plug(tap.into()) {
+            true => Ok(()),
+            false => Err(Refusal {
+                kind: ErrorKind::ERROR_KIND_FAILED_PRECONDITION,
+                message: format!("{action}: the machine has no network device"),
+            }),
+        }
     }
 
     fn change(

@@ -14,7 +14,7 @@ use super::{Confine, Machine, MachineError};
 use crate::device::block::{Block, BlockError};
 use crate::device::fs::{Fs, FsError};
 use crate::device::mem::Mem;
-use crate::device::net::Net;
+use crate::device::net::{Net, NextTap};
 use crate::device::rng::Rng;
 use crate::device::vsock::Vsock;
 use crate::device::{Device, DeviceError};
@@ -112,6 +112,8 @@ pub struct Devices {
     mmio: Vec<Arc<MmioTransport>>,
     /// Those that a hypervisor elsewhere uses.
     vhost_user: Vec<Arc<VhostUserTransport>>,
+    /// The first network device, and where it finds another tap.
+    network: Option<(Arc<MmioTransport>, NextTap)>,
 }
 
 /// A device, its name in log lines, the kinds of thread that it needs for itself, if any, behind each transport, and how
@@ -121,6 +123,7 @@ struct Made {
     device: Box<dyn Device>,
     thread: Option<Threads>,
     handed: usize,
+    next_tap: Option<NextTap>,
 }
 
 /// The kind of thread of a device, by its transport.
@@ -161,6 +164,11 @@ impl Devices {
                 plugged.push(transport.clone());
                 Ok(transport)
             })?;
+            if let (Some(transport), Some(next), None) =
+                (plugged.first(), made.next_tap, &devices.network)
+            {
+                devices.network = Some((transport.clone(), next));
+            }
             devices.mmio.append(&mut plugged);
         }
         Ok(devices)
@@ -244,6 +252,19 @@ impl Devices {
         }
     }
 
+    /// Gives the first network device another tap; false if there is none.
+    pub fn plug(&self, tap: File) -> bool {
+        let Some((transport, next)) = &self.network else {
+            return false;
+        };
+        next.leave(tap);
+        if let Some(kick) = transport.kicks().first() {
+            // It fails only when the counter is about to overflow: a kick is pending then.
+            let _ = kick.write(1);
+        }
+        true
+    }
+
     /// Holds every device still.
     pub fn freeze(&self) -> Vec<Frozen<'_>> {
         self.mmio.iter().map(|device| device.freeze()).collect()
@@ -308,28 +329,35 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             // A hypervisor elsewhere has disks of its own.
             thread: Some(Threads::both(ThreadKind::Block)),
             handed: 1,
+            next_tap: None,
         },
         DeviceSpec::Mem { start, bytes, file } => Made {
             name: "mem",
             device: Box::new(Mem::new(start, bytes, file)),
             thread: None,
             handed: 1,
+            next_tap: None,
         },
         DeviceSpec::Rng => Made {
             name: "rng",
             device: Box::new(Rng::new()),
             thread: None,
             handed: 1,
+            next_tap: None,
         },
         // Not on the main thread: whoever floods the guest's network shall not delay control and vsock, and the thread
         // that reads what strangers send has the smallest filter.
-        DeviceSpec::Net { tap, mac, mtu } => Made {
-            name: "net",
-            device: Box::new(Net::new(tap, mac, mtu)),
-            // As with disks.
-            thread: Some(Threads::both(ThreadKind::Net)),
-            handed: 2,
-        },
+        DeviceSpec::Net { tap, mac, mtu } => {
+            let net = Net::new(tap, mac, mtu);
+            Made {
+                name: "net",
+                next_tap: Some(net.next_tap()),
+                device: Box::new(net),
+                // As with disks.
+                thread: Some(Threads::both(ThreadKind::Net)),
+                handed: 2,
+            }
+        }
         DeviceSpec::Vsock {
             guest_cid,
             listener,
@@ -342,6 +370,7 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
             thread: None,
             // The event queue stays with the hypervisor.
             handed: 2,
+            next_tap: None,
         },
         DeviceSpec::Fs { tag } => Made {
             name: "fs",
@@ -351,6 +380,7 @@ fn make(spec: DeviceSpec) -> Result<Made, DevicesError> {
                 vhost_user: ThreadKind::VhostUserFs,
             }),
             handed: 2,
+            next_tap: None,
         },
     })
 }

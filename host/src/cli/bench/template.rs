@@ -36,7 +36,8 @@ pub async fn clones(context: &Context, options: &Options) -> Result<Option<Value
         return Ok(None);
     }
     let (vcpus, memory_bytes) = pod::size_up(&config, machine)?;
-    let shape = Shape::serving(vcpus, memory_bytes, &config.kernel_params);
+    let network = machine.netns.is_some();
+    let shape = Shape::serving(vcpus, memory_bytes, network, &config.kernel_params);
     let limit = config.template_limit;
     template::build(&context.paths, choice.hypervisor.as_ref(), &shape, limit).await?;
     let (mut times, mut host, mut guest, mut private) = (vec![], vec![], vec![], vec![]);

@@ -13,7 +13,7 @@ mod tx;
 mod used;
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -70,9 +70,26 @@ struct Active {
     wanted: Readiness,
 }
 
+/// Where another tap is left for a device, which takes it when it is kicked the next time.
+#[derive(Clone, Debug, Default)]
+pub struct NextTap(Arc<Mutex<Option<File>>>);
+
+impl NextTap {
+    /// Leaves `tap`, of the same kind as the device's own.
+    pub fn leave(&self, tap: File) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tap);
+    }
+
+    fn take(&self) -> Option<File> {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        left.take()
+    }
+}
+
 /// A virtio network device.
 pub struct Net {
     tap: Tap,
+    next: NextTap,
     mac: [u8; 6],
     mtu: u16,
     /// The tap's interface is gone; the driver sees its link down.
@@ -88,11 +105,36 @@ impl Net {
     pub fn new(tap: File, mac: [u8; 6], mtu: u16) -> Self {
         Self {
             tap: Tap::new(tap),
+            next: NextTap::default(),
             mac,
             mtu,
             gone: false,
             active: None,
         }
+    }
+
+    /// Where another tap can be left for it.
+    pub fn next_tap(&self) -> NextTap {
+        self.next.clone()
+    }
+
+    /// Takes the tap that was left for it, if one was.
+    fn change_tap(&mut self) -> Result<(), DeviceError> {
+        let Some(tap) = self.next.take() else {
+            return Ok(());
+        };
+        if let Some(active) = &mut self.active {
+            if active.watched != Readiness::default() {
+                let unwatched = active.watcher.unwatch(self.tap.fd());
+                unwatched.map_err(host("letting a tap go"))?;
+            }
+            active.watched = Readiness::default();
+            // The driver offered its buffers before, and will not kick for them again.
+            active.wanted.read = true;
+            active.configured = false;
+        }
+        self.tap = Tap::new(tap);
+        Ok(())
     }
 
     /// The configuration space (section 5.1.4): address, status, pairs of queues, MTU.
@@ -229,6 +271,7 @@ impl Device for Net {
     }
 
     fn kick(&mut self, index: usize) -> Result<(), DeviceError> {
+        self.change_tap()?;
         self.configure()?;
         match index {
             RX => self.receive()?,

@@ -302,6 +302,28 @@ fn a_driver_that_goes_on_from_a_snapshot_need_not_kick() {
 }
 
 #[test]
+fn another_tap_is_taken_with_the_next_kick() {
+    let mut cable = Cable::new();
+    cable.driver.request(RX, &[], &[2000]);
+    cable.driver.request(RX, &[], &[2000]);
+    cable.driver.kick(RX).unwrap();
+    let (near, far) = UnixDatagram::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    far.set_nonblocking(true).unwrap();
+    let next = cable.driver.device.next_tap();
+    next.leave(OwnedFd::from(near).into());
+    cable.driver.kick(RX).unwrap();
+    let old = std::mem::replace(&mut cable.far, OwnedFd::from(far).into());
+    assert!((&old).write(&frame(60)).is_err(), "the old one is closed");
+    cable.arrives(&frame(60));
+    cable.run();
+    assert_eq!(cable.driver.used(RX).len(), 1);
+    cable.driver.request(TX, &[&frame(70)], &[]);
+    cable.driver.kick(TX).unwrap();
+    assert_eq!(cable.sent().map(|sent| sent.len()), Some(70 + HEADER));
+}
+
+#[test]
 fn chains_among_good_ones_that_are_not_fit_are_passed_over() {
     let mut cable = Cable::new();
     cable.driver.request(RX, &[], &[1000]);
