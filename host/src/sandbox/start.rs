@@ -51,12 +51,7 @@ pub(super) async fn bring_up(
     let listener = UnixListener::bind(&dialled)
         .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
     dir::open_to_vmm(&dialled)?;
-    let mut request = set_up_request(&spec);
-    if let Found::Template { shape, .. } = &ways.found
-        && shape.nics > 0
-    {
-        request.spare_hardware_address = network::SPARE_ADDRESS.into();
-    }
+    let mut request = set_up_request(&spec, &ways.found);
     let (nics, entrance) = match &spec.netns {
         Some(netns) => {
             let (network, entrance) = connect(dir, netns).await?;
@@ -380,8 +375,13 @@ pub(crate) fn plain_vm_spec(paths: &Paths, dir: &SandboxDir) -> VmSpec {
     }
 }
 
-fn set_up_request(spec: &SandboxSpec) -> SetUpSandboxRequest {
+fn set_up_request(spec: &SandboxSpec, found: &Found) -> SetUpSandboxRequest {
+    let spares = match found {
+        Found::Template { shape, .. } if shape.nics > 0 => network::SPARE_ADDRESS,
+        _ => "",
+    };
     SetUpSandboxRequest {
+        spare_hardware_address: spares.to_owned(),
         hostname: spec.hostname.clone(),
         sysctls: spec.sysctls.clone(),
         mounts: vec![Mount {

@@ -15,6 +15,7 @@ fn shape() -> Shape {
         vcpus: 1,
         possible_vcpus: 8,
         memory_bytes: 8 * MIB,
+        nics: 0,
         cmdline: String::new(),
     }
 }
