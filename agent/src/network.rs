@@ -57,8 +57,7 @@ struct Link {
 }
 
 /// Brings the loopback device up and sets up what is asked for, in this order: devices with their addresses,
-/// neighbours, routes. Devices with the hardware address `spares` are the first ones' that have none of their own; those
-/// that are left go.
+/// neighbours, routes. Devices with the hardware address `spares` are the first ones' that have none of their own.
 ///
 /// # Errors
 ///
@@ -74,7 +73,7 @@ pub fn set_up(
     ask(&mut netlink, up, || {
         "setting the loopback device up".to_owned()
     })?;
-    if interfaces.is_empty() && routes.is_empty() && neighbors.is_empty() && spares.is_none() {
+    if interfaces.is_empty() && routes.is_empty() && neighbors.is_empty() {
         return Ok(());
     }
     let spares = spares
@@ -87,12 +86,6 @@ pub fn set_up(
     }
     for interface in interfaces {
         set_up_interface(&mut netlink, &mut links, interface, spares)?;
-    }
-    for unused in links_of(&links, spares) {
-        slots::let_go(&unused.name).map_err(|source| Error::Kernel {
-            doing: format!("letting device {} go", unused.name),
-            source,
-        })?;
     }
     for neighbor in neighbors {
         set_up_neighbor(&mut netlink, &links, neighbor)?;

@@ -99,8 +99,7 @@ pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error
         "" => None,
         text => Some(text),
     };
-    if !prepared || spares.is_some() || !request.interfaces.is_empty() || !request.routes.is_empty()
-    {
+    if !prepared || !request.interfaces.is_empty() || !request.routes.is_empty() {
         let (interfaces, routes) = (&request.interfaces, &request.routes);
         network::set_up(interfaces, routes, &request.neighbors, spares)?;
     }

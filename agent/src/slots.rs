@@ -4,8 +4,6 @@ use std::path::Path;
 
 const DEVICES: &str = "/sys/bus/platform/devices";
 const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
-const INTERFACES: &str = "/sys/class/net";
-const UNBIND: &str = "/sys/bus/virtio/drivers/virtio_net/unbind";
 /// As the kernel calls the slots of its command line.
 const PREFIX: &str = "virtio-mmio.";
 
@@ -33,17 +31,6 @@ fn look_again_in(devices: &Path, bind: &Path) {
             return;
         }
     }
-}
-
-/// Takes the network device `name` from its driver: the guest has it no more.
-///
-/// # Errors
-///
-/// It is none of virtio's, or the kernel refuses.
-pub fn let_go(name: &str) -> std::io::Result<()> {
-    let device = std::fs::read_link(Path::new(INTERFACES).join(name).join("device"))?;
-    let device = device.file_name().ok_or(std::io::ErrorKind::NotFound)?;
-    std::fs::write(UNBIND, device.as_encoded_bytes())
 }
 
 #[cfg(test)]

@@ -51,8 +51,8 @@ const TAP: &str = "cella";
 /// `NS_GET_NSTYPE` (ioctl_ns(2)): `_IO(0xb7, 3)`.
 const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
 
-/// The network that a guest gets of a namespace.
-#[derive(Debug)]
+/// The network that a guest gets of a namespace; none by default.
+#[derive(Debug, Default)]
 pub struct Network {
     /// For the hypervisor, one for each interface.
     pub nics: Vec<Nic>,
@@ -67,7 +67,7 @@ pub struct Network {
 }
 
 /// What was done to a namespace, so that it can be undone by whoever finds this written down.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joints {
     /// The namespace.
     pub netns: PathBuf,

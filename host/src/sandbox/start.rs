@@ -29,6 +29,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const CLONE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How much longer for each CPU that its guest has to start: so long the guest's kernel waits for one.
 const CPU_TIMEOUT: Duration = Duration::from_secs(10);
+/// How much longer for each GiB that its guest has to take into use: 5 to 9 s where KVM has no hardware.
+const GIB_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A guest that is set up.
 pub(super) struct Started {
@@ -43,46 +45,48 @@ pub(super) struct Started {
 pub(super) async fn bring_up(
     paths: &Paths,
     dir: &SandboxDir,
-    ways: Ways<'_>,
-    spec: SandboxSpec,
+    mut ways: Ways<'_>,
+    mut spec: SandboxSpec,
     timeline: &Timeline,
 ) -> Result<Started, Error> {
     let dialled = dir.sockets().join(agent::AGENT_PORT.to_string());
     let listener = UnixListener::bind(&dialled)
         .map_err(|e| Error::host(format!("binding {}", dialled.display()), e))?;
     dir::open_to_vmm(&dialled)?;
-    let mut request = set_up_request(&spec, &ways.found);
-    let (nics, entrance) = match &spec.netns {
-        Some(netns) => {
-            let (network, entrance) = connect(dir, netns).await?;
-            request.interfaces = network.interfaces;
-            request.routes = network.routes;
-            request.neighbors = network.neighbors;
-            (network.nics, entrance)
+    let (mut network, mut entrance) = (Network::default(), None);
+    let found_nics = usize::from(spec.netns.is_some());
+    if let Some(netns) = spec.netns.take() {
+        (network, entrance) = connect(dir, &netns).await?;
+        // One without interfaces is none: what was found is for one with some.
+        if network.nics.is_empty() {
+            ways.found = Found::look(paths, ways.hypervisor, &spec);
         }
-        None => (Vec::new(), None),
-    };
-    let state = SandboxState {
-        id: dir.id().to_owned(),
-        pod: spec.pod,
-        hypervisor: ways.hypervisor.name().to_owned(),
-        owner: ProcessId::own(),
-        vmm: ProcessId::own(),
-        vcpus: spec.vcpus,
-        memory_bytes: spec.memory_bytes,
-        resolv_conf: !spec.resolv_conf.is_empty(),
-        created: state::now(),
-    };
-    let vm_spec = vm_spec(paths, dir, spec, nics);
+    }
+    let state = first_state(dir, ways.hypervisor, &spec);
+    let request = set_up_request(&spec, &ways.found);
+    let vm_spec = vm_spec(paths, dir, spec, network.nics);
     let mut start = Start {
         dir,
         hypervisor: ways.hypervisor,
         timeline,
         state,
-        request,
+        request: SetUpSandboxRequest {
+            interfaces: network.interfaces,
+            routes: network.routes,
+            neighbors: network.neighbors,
+            ..request
+        },
     };
     let claimed = match ways.idle {
-        Some(idle) => start.claimed(idle, &vm_spec.nics).await,
+        Some(idle) if vm_spec.nics.len() == found_nics => {
+            start.claimed(idle, vm_spec.nics.first()).await
+        }
+        // It has too many interfaces or too few, and runs.
+        Some(idle) => {
+            drop(idle);
+            start.clear()?;
+            None
+        }
         None => None,
     };
     let (vm, agent, template) = match claimed {
@@ -101,6 +105,21 @@ pub(super) async fn bring_up(
         template,
         forward: forward.transpose()?,
     })
+}
+
+/// What is written down while there is no VMM yet.
+fn first_state(dir: &SandboxDir, hypervisor: &dyn Hypervisor, spec: &SandboxSpec) -> SandboxState {
+    SandboxState {
+        id: dir.id().to_owned(),
+        pod: spec.pod,
+        hypervisor: hypervisor.name().to_owned(),
+        owner: ProcessId::own(),
+        vmm: ProcessId::own(),
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+        resolv_conf: !spec.resolv_conf.is_empty(),
+        created: state::now(),
+    }
 }
 
 /// What starting a machine needs, either way.
@@ -124,7 +143,7 @@ impl Start<'_> {
         mut spec: VmSpec,
         listener: &UnixListener,
     ) -> Result<(Box<dyn Vm>, Agent, TemplateUse), Error> {
-        let (memory_bytes, nics) = (spec.memory_bytes, spec.nics.len());
+        let memory_bytes = spec.memory_bytes;
         let template = match found {
             Found::Template {
                 key,
@@ -149,7 +168,6 @@ impl Start<'_> {
             Found::Nothing => TemplateUse::Unused,
         };
         self.state.memory_bytes = memory_bytes;
-        spec.nics.truncate(nics);
         let (vm, agent) = self
             .boot(
                 VmSpec {
@@ -172,16 +190,13 @@ impl Start<'_> {
         ways::grow(spec, shape);
         self.state.memory_bytes = spec.memory_bytes.saturating_add(spec.added_memory_bytes);
         self.request.added_memory_bytes = spec.added_memory_bytes;
-        let wired = u32::try_from(spec.nics.len()).unwrap_or(u32::MAX);
-        let unused = network::spares(shape.nics.saturating_sub(wired)).await?;
-        spec.nics.extend(unused);
         let vm = self.hypervisor.restore(spec, saved).await?;
         self.identify(vm).await
     }
 
     /// An idle clone with its identity, if it lives and takes it.
-    async fn claimed(&mut self, idle: HandedVm, nics: &[Nic]) -> Option<(Box<dyn Vm>, Agent)> {
-        match self.take_over(idle, nics).await {
+    async fn claimed(&mut self, idle: HandedVm, nic: Option<&Nic>) -> Option<(Box<dyn Vm>, Agent)> {
+        match self.take_over(idle, nic).await {
             Ok(Ok(identified)) => return Some(identified),
             Ok(Err(refusal)) => tracing::debug!("an idle sandbox: {refusal}"),
             Err(error) => tracing::debug!("an idle sandbox: {error}"),
@@ -191,15 +206,10 @@ impl Start<'_> {
         None
     }
 
-    async fn take_over(&mut self, idle: HandedVm, nics: &[Nic]) -> Result<SetUp, Error> {
+    async fn take_over(&mut self, idle: HandedVm, nic: Option<&Nic>) -> Result<SetUp, Error> {
         let vm = self.hypervisor.take_over(self.dir.id(), idle)?;
-        match nics {
-            [] => {}
-            [nic] => vm.plug(nic.tap.as_fd()).await?,
-            _ => {
-                let why = "it has one interface, and cannot get more while it runs";
-                return Err(Error::state(ErrorKind::FailedPrecondition, why));
-            }
+        if let Some(nic) = nic {
+            vm.plug(nic.tap.as_fd()).await?;
         }
         self.identify(vm).await
     }
@@ -207,6 +217,7 @@ impl Start<'_> {
     async fn identify(&mut self, vm: Box<dyn Vm>) -> Result<SetUp, Error> {
         self.started(vm.as_ref())?;
         let (dir, vcpus, request) = (self.dir, self.state.vcpus, &mut self.request);
+        let limit = clone_timeout(vcpus, request.added_memory_bytes);
         let called = async {
             let stream = agent::dial(&dir.vsock(), agent::AGENT_PORT).await?;
             personalize(request)?;
@@ -214,8 +225,6 @@ impl Start<'_> {
             request.vcpus = vcpus;
             Agent::set_up_first(stream, request).await
         };
-        let limit =
-            CLONE_TIMEOUT.saturating_add(CPU_TIMEOUT.saturating_mul(vcpus.saturating_sub(1)));
         let called = tokio::select! {
             called = tokio::time::timeout(limit, called) => {
                 called.map_err(|_| late(limit))??
@@ -272,6 +281,14 @@ impl Start<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// How long a clone may take that has so many CPUs, and so much memory beyond its template's.
+fn clone_timeout(vcpus: u32, added_bytes: u64) -> Duration {
+    let gib = u32::try_from(added_bytes >> 30).unwrap_or(u32::MAX);
+    CLONE_TIMEOUT
+        .saturating_add(CPU_TIMEOUT.saturating_mul(vcpus.saturating_sub(1)))
+        .saturating_add(GIB_TIMEOUT.saturating_mul(gib))
 }
 
 /// What no two guests have in common, and what changes while one starts: drawn at the last moment.

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use cella_host::template::Shape;
 use cella_tests::netns::{Netns, missing_for_networks_on};
 use cella_tests::{Host, Said, skip};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::here::{Here, MEMORY, block_on};
 use super::pool::wait_for;
@@ -178,18 +180,17 @@ impl<'a> Saved<'a> {
 
     /// Kills those whose command line has every one of `words`; one may have ended by itself.
     fn kill_processes(&self, words: &[&str]) {
-        let mut processes = self.host.processes();
-        processes.retain(|(_, line)| words.iter().all(|word| line.contains(word)));
-        for (pid, _) in &processes {
-            let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        for (pid, line) in self.host.processes() {
+            if words.iter().all(|word| line.contains(word))
+                && let Some(pid) = Pid::from_raw(pid.cast_signed())
+                && let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+            {
+                let _ = pidfd_send_signal(&process, Signal::KILL);
+                // A zombie can have threads that still hold its locks. When these have ended too, it can be read.
+                let mut ended = [PollFd::new(&process, PollFlags::IN)];
+                poll(&mut ended, None).unwrap();
+            }
         }
-        // A zombie holds no lock any more.
-        let has_ended = |(pid, _): &(u32, String)| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-            stat.map_or(true, |stat| stat.contains(") Z "))
-        };
-        wait_for("their end", || processes.iter().all(has_ended));
     }
 
     fn it_goes_on_itself(&self) {

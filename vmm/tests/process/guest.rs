@@ -2,16 +2,18 @@
 
 use std::fs::{File, Permissions};
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cella_proto::vmm::{
-    ErrorKind, GetStats, Pause, Resume, Start, Stats, Stop, StopReason, reply, request::Call,
+    ErrorKind, GetStats, Net, Pause, Plug, Resume, Start, Stats, Stop, StopReason, device, reply,
+    request::Call,
 };
 
-use crate::configure::{Given, memfd};
+use crate::configure::{Given, device, memfd};
 use crate::kernel::elf;
 use crate::refused;
 use crate::vmm::{Vmm, alone, fds};
@@ -81,6 +83,48 @@ fn a_machine_lives_through_all_of_its_states() {
     assert!(vmm.receive().is_none(), "the last word");
     assert_eq!(vmm.ended(), (Some(0), None), "{}", vmm.log());
     assert_eq!(vmm.log(), "");
+}
+
+#[test]
+fn a_network_is_plugged_in() {
+    let _alone = alone();
+    let Some(mut vmm) = running(spinning(), 1) else {
+        return;
+    };
+    let failed = ErrorKind::ERROR_KIND_FAILED_PRECONDITION;
+    let invalid = ErrorKind::ERROR_KIND_INVALID_ARGUMENT;
+    let plug = || Call::Plug(Plug::default());
+    let (one, _far) = UnixDatagram::pair().unwrap();
+    let none = refused(vmm.call(plug(), &[one.as_fd()]));
+    assert_eq!(none, failed, "it has no network device");
+    vmm.done(Call::Stop(Stop::default()), &[]);
+    drop(vmm);
+
+    let mut vmm = Vmm::start().unwrap();
+    assert_eq!(refused(vmm.call(plug(), &[one.as_fd()])), failed);
+    let mut given = Given::new(spinning()).unwrap();
+    let tap_fd = given.add(one.try_clone().unwrap());
+    given
+        .configure
+        .devices
+        .push(device(device::Device::Net(Net {
+            tap_fd,
+            mac: vec![2, 0, 0, 0, 0, 7],
+            mtu: 1500,
+            ..Net::default()
+        })));
+    vmm.done(Call::Configure(given.configure), &fds(&given.files));
+    vmm.done(Call::Start(Start::default()), &[]);
+    assert_eq!(refused(vmm.call(plug(), &[])), invalid, "no descriptor");
+    for _ in 0..2 {
+        vmm.done(plug(), &[one.as_fd()]);
+    }
+    vmm.done(Call::Stop(Stop::default()), &[]);
+    assert_eq!(
+        vmm.stopped().reason.unwrap(),
+        StopReason::STOP_REASON_REQUESTED
+    );
+    assert_eq!(vmm.ended(), (Some(0), None), "{}", vmm.log());
 }
 
 #[test]

@@ -213,6 +213,84 @@ fn a_machine_goes_on_with_more_of_the_vcpus_that_its_guest_knows_of() {
     }
 }
 
+/// Memory that a machine gets.
+const MORE: u64 = 8 << 20;
+
+fn add_memory(given: &mut Given) {
+    let fd = given.add(memfd(MORE));
+    let restore = given.configure.restore.as_mut().unwrap();
+    (restore.added_memory_fd, restore.added_memory_bytes) = (Some(fd), MORE);
+}
+
+/// A snapshot of a machine that goes on from `saved` with more memory: it is in the file too.
+fn grown(saved: &Saved) -> Saved {
+    let mut vmm = Vmm::start().unwrap();
+    let mut given = saved.given(&vmm);
+    add_memory(&mut given);
+    vmm.done(Call::Configure(given.configure), &fds(&given.files));
+    vmm.done(Call::Start(Start::default()), &[]);
+    vmm.done(pause(), &[]);
+    assert_eq!(refused(Saved::new(MEMORY).call(&mut vmm)), INVALID);
+    vmm.done(resume(), &[]);
+    let grown = Saved::take(&mut vmm, MEMORY + MORE);
+    stop(vmm);
+    grown
+}
+
+#[test]
+fn memory_that_a_machine_got_is_saved_with_it_and_cannot_become_more() {
+    let _alone = alone();
+    let Some(mut first) = Vmm::start() else {
+        return;
+    };
+    let Some(mut given) = Given::new(counting()) else {
+        return;
+    };
+    given.add_devices(first.sockets.path(), 64);
+    given.configure.spare_slots = 1;
+    first.done(Call::Configure(given.configure), &fds(&given.files));
+    first.done(Call::Start(Start::default()), &[]);
+    let saved = snapshot_past(&mut first, 1);
+    stop(first);
+
+    let grown = grown(&saved);
+    let configured = |change: &dyn Fn(&mut Given)| {
+        let mut vmm = Vmm::start().unwrap();
+        let mut given = grown.given(&vmm);
+        given.configure.memory_bytes = MEMORY + MORE;
+        change(&mut given);
+        let body = vmm.call(Call::Configure(given.configure), &fds(&given.files));
+        (vmm, body)
+    };
+    for (change, text) in [
+        (&add_memory as &dyn Fn(&mut Given), "no place for more"),
+        (
+            &|given: &mut Given| given.configure.memory_bytes = MEMORY,
+            "memory bytes",
+        ),
+        (
+            &|given: &mut Given| given.configure.memory_bytes = 4096,
+            "memory bytes",
+        ),
+    ] {
+        let (vmm, body) = configured(change);
+        match body {
+            reply::Body::Error(error) => {
+                assert!(error.message.contains(text), "{text}: {}", error.message);
+            }
+            other => panic!("{text}: {other:?}"),
+        }
+        stop_unconfigured(vmm);
+    }
+    let (mut vmm, body) = configured(&|_| {});
+    assert!(matches!(body, reply::Body::Done(_)), "{body:?}");
+    vmm.done(Call::Start(Start::default()), &[]);
+    std::thread::sleep(Duration::from_millis(50));
+    let later = Saved::take(&mut vmm, MEMORY + MORE);
+    assert!(later.word(COUNTER) > grown.word(COUNTER));
+    stop(vmm);
+}
+
 /// What is asked for differently.
 type Change = fn(&mut Given);
 
