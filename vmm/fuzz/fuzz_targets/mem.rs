@@ -1,13 +1,14 @@
 //! A hostile guest on the memory device: rings of its making, and requests that are nearly right. What is plugged never
-//! exceeds what there is, and the memory's file keeps its length.
+//! exceeds what there is, and the memory's file keeps its length. A device that goes on from a snapshot, whatever that says, is
+//! one like any other.
 
 #![no_main]
 
 use std::fs::File;
 
-use cella_vmm::device::Device;
 use cella_vmm::device::mem::{BLOCK_BYTES, Mem};
 use cella_vmm::device::testing::MockDriver;
+use cella_vmm::device::{Device, SnapshotStep};
 use cella_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -40,7 +41,12 @@ fuzz_target!(|data: &[u8]| {
     let file = tempfile::tempfile().unwrap();
     file.set_len(BYTES).unwrap();
     let len = |file: &File| file.metadata().unwrap().len();
-    let device = Mem::new(START, BYTES, Some(file.try_clone().unwrap()));
+    let own = (input.byte() & 1 == 0).then(|| file.try_clone().unwrap());
+    let mut device = Mem::new(START, BYTES, own);
+    if input.byte() & 1 == 0 {
+        let blocks = usize::from(input.byte() % 18);
+        let _ = device.snapshot(SnapshotStep::Restore(input.take(blocks)));
+    }
     let features = device.features();
     let mut driver = MockDriver::new(device);
     for _ in 0..STEPS {
