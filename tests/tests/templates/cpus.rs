@@ -8,7 +8,7 @@ use cella_host::sandbox::TemplateUse;
 use cella_host::template::{self, Shape};
 
 use super::here::{Here, LIMIT, MEMORY, MEMORY_FLAG, block_on};
-use super::pool::{idle, keeper, wait_for};
+use super::pool::{end, idle, wait_for};
 
 /// Computes on each of two CPUs at once, and says on which it did: field 39 of a process's stat.
 const ON_EACH: &str = "compute='i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; \
@@ -73,10 +73,7 @@ async fn idle_ones_have_the_cpus_that_were_asked_for(here: &Here) {
     wait_for("one with three", || idle_with_cpus(here, 3));
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(claim("three", 3).await, Some(TemplateUse::Claimed));
-    let drop_ins = here.host.path("config.d");
-    fs::create_dir(&drop_ins).unwrap();
-    fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
-    wait_for("the keeper's end", || keeper(here).is_none());
+    end(here);
 }
 
 fn idle_with_cpus(here: &Here, cpus: u32) -> bool {

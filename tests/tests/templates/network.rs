@@ -1,14 +1,12 @@
 //! Clones of a template whose guest has found a network interface before anybody knew its network.
 
-use std::fs;
-
 use cella_host::sandbox::TemplateUse;
 use cella_host::template::Shape;
 use cella_tests::netns::{MTU, Netns, ip, missing_for_networks_on};
 use cella_tests::skip;
 
 use super::here::{Here, MEMORY, MEMORY_FLAG, block_on};
-use super::pool::{idle, keeper, wait_for};
+use super::pool::{end, idle, keeper, wait_for};
 
 /// What the guest has, one word each.
 const INTERFACES: &str = "ls /sys/class/net";
@@ -91,8 +89,5 @@ async fn idle_ones_have_it_too(pods: &Pods<'_>, reaches: &str, reached: &str) {
     std::thread::sleep(std::time::Duration::from_millis(200));
     let claimed = (TemplateUse::Claimed, reached.to_owned());
     assert_eq!(pods.run("claims", reaches).await, claimed);
-    let drop_ins = here.host.path("config.d");
-    fs::create_dir(&drop_ins).unwrap();
-    fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
-    wait_for("the keeper's end", || keeper(here).is_none());
+    end(here);
 }

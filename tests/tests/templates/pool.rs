@@ -44,6 +44,14 @@ pub fn keeper(here: &Here) -> Option<u32> {
     found.first().map(|(pid, _)| *pid)
 }
 
+/// No pool is wanted any more.
+pub fn end(here: &Here) {
+    let drop_ins = here.host.path("config.d");
+    fs::create_dir(&drop_ins).unwrap();
+    fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
+    wait_for("the keeper's end", || keeper(here).is_none());
+}
+
 pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
     here.host
         .configure(&format!("memory = \"{MEMORY_FLAG}\"\npool = 2\n"));
@@ -82,10 +90,7 @@ pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
     one.discard().await.unwrap();
     here.host.cella(&["run", &image, "true"]).expect_status(0);
     wait_for("a new keeper's", || idle(here).len() == 2);
-    let drop_ins = here.host.path("config.d");
-    fs::create_dir(&drop_ins).unwrap();
-    fs::write(drop_ins.join("no-pool.toml"), "pool = 0\n").unwrap();
-    wait_for("the keeper's end", || keeper(here).is_none());
+    end(here);
     here.host.assert_clean();
 }
 
