@@ -12,7 +12,7 @@ use crate::template::{self, Key, Shape, Store};
 pub enum TemplateUse {
     /// It is a clone.
     Cloned,
-    /// It is a clone that had to take CPUs, memory or an interface into use which those of a template of this shape have.
+    /// It is a clone that had to take memory into use which those of a template of this shape have.
     Grown(Shape),
     /// It is a clone that waited in the pool.
     Claimed,
