@@ -81,7 +81,9 @@ pub fn main(context: &Context, mut args: Args) -> Result<u8, Error> {
     }
     with_runtime(async {
         tokio::select! {
-            // While the process runs, a Session takes the signals; before, they end this.
+            // Signals are taken before there is something to be undone.
+            biased;
+            // While the process runs, a Session takes them; before, they end this.
             number = interrupted() => Ok(128 + number),
             status = run(context, &args, &id) => status,
         }

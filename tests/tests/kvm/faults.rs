@@ -125,7 +125,14 @@ fn interrupted_while_it_boots() {
     let Some(host) = host() else { return };
     let image = host.busybox();
     let mut child = host.command(&["run", &image, "true"]).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(700));
+    let boots = || {
+        let processes = host.processes();
+        processes.iter().any(|(_, line)| line.contains("cella-vmm"))
+    };
+    while !boots() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended already");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let pid = child.id().to_string();
     std::process::Command::new("kill")
         .args(["-TERM", &pid])
