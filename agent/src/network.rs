@@ -56,8 +56,15 @@ struct Link {
     stats: Option<netlink::LinkStats>,
 }
 
+impl Link {
+    /// Whether it has the hardware address `mac`, if that is one.
+    fn is_of(&self, mac: Option<Mac>) -> bool {
+        mac.is_some() && self.mac == mac
+    }
+}
+
 /// Brings the loopback device up and sets up what is asked for, in this order: devices with their addresses,
-/// neighbours, routes. Devices with the hardware address `spares` are the first ones' that have none of their own.
+/// neighbours, routes. Devices with the hardware address `spares`, if it is not empty, are the first ones' that have none of their own.
 ///
 /// # Errors
 ///
@@ -66,7 +73,7 @@ pub fn set_up(
     interfaces: &[Interface],
     routes: &[Route],
     neighbors: &[Neighbor],
-    spares: Option<&str>,
+    spares: &str,
 ) -> Result<(), Error> {
     let mut netlink = open()?;
     let up = link_message(LOOPBACK).up();
@@ -76,11 +83,13 @@ pub fn set_up(
     if interfaces.is_empty() && routes.is_empty() && neighbors.is_empty() {
         return Ok(());
     }
-    let spares = spares
-        .map(|text| Mac::parse("spare hardware address", text))
-        .transpose()?;
+    let spares = match spares {
+        "" => None,
+        text => Some(Mac::parse("spare hardware address", text)?),
+    };
     let mut links = links(&mut netlink)?;
-    if missing(&links, interfaces) > links_of(&links, spares).count() {
+    let spare = links.iter().filter(|link| link.is_of(spares)).count();
+    if missing(&links, interfaces) > spare {
         slots::look_again();
         links = self::links(&mut netlink)?;
     }
@@ -127,7 +136,7 @@ pub fn renew(
             source,
         })?;
     }
-    set_up(interfaces, routes, neighbors, None)
+    set_up(interfaces, routes, neighbors, "")
 }
 
 /// The counters of every device but the loopback.
@@ -161,16 +170,9 @@ pub fn statistics() -> Result<Vec<InterfaceStats>, Error> {
 fn missing(links: &[Link], interfaces: &[Interface]) -> usize {
     let there = |interface: &&Interface| {
         Mac::parse("hardware address", &interface.hardware_address)
-            .is_ok_and(|mac| links.iter().any(|link| link.mac == Some(mac)))
+            .is_ok_and(|mac| links.iter().any(|link| link.is_of(Some(mac))))
     };
     interfaces.iter().filter(|one| !there(one)).count()
-}
-
-/// The devices with the hardware address `mac`, if it is one.
-fn links_of(links: &[Link], mac: Option<Mac>) -> impl Iterator<Item = &Link> {
-    links
-        .iter()
-        .filter(move |link| mac.is_some() && link.mac == mac)
 }
 
 fn open() -> Result<Netlink, Error> {
@@ -214,21 +216,16 @@ fn set_up_interface(
     spares: Option<Mac>,
 ) -> Result<(), Error> {
     let mac = Mac::parse("hardware address", &interface.hardware_address)?;
-    let own = links.iter().position(|link| link.mac == Some(mac));
-    let spare = || {
-        links
-            .iter()
-            .position(|link| spares.is_some() && link.mac == spares)
-    };
-    let link = own
-        .or_else(spare)
+    let of = |mac| links.iter().position(|link| link.is_of(mac));
+    let link = of(Some(mac))
+        .or_else(|| of(spares))
         .and_then(|at| links.get_mut(at))
         .ok_or_else(|| Error::NoDevice {
             by: format!("with the hardware address {}", interface.hardware_address),
         })?;
     // The kernel renames a device only while it is down, which it is in a fresh guest.
     let mut message = link_message(link.index);
-    if link.mac != Some(mac) {
+    if !link.is_of(Some(mac)) {
         message = message.hardware_address(&mac);
         link.mac = Some(mac);
     }

@@ -63,7 +63,7 @@ pub fn prepare() -> Result<(), Error> {
     for directory in [SHARE, REHEARSAL] {
         std::fs::create_dir_all(directory).map_err(system("making directory", directory))?;
     }
-    Ok(network::set_up(&[], &[], &[], None)?)
+    Ok(network::set_up(&[], &[], &[], "")?)
 }
 
 /// Sets the pod up. What depends on the clock or on random numbers comes after these. `prepared`: [`prepare`] was called.
@@ -95,13 +95,13 @@ pub fn set_up(request: &SetUpSandboxRequest, prepared: bool) -> Result<(), Error
         mount_in_guest(mount)?;
     }
     set_sysctls(&request.sysctls)?;
-    let spares = match request.spare_hardware_address.as_str() {
-        "" => None,
-        text => Some(text),
-    };
     if !prepared || !request.interfaces.is_empty() || !request.routes.is_empty() {
-        let (interfaces, routes) = (&request.interfaces, &request.routes);
-        network::set_up(interfaces, routes, &request.neighbors, spares)?;
+        network::set_up(
+            &request.interfaces,
+            &request.routes,
+            &request.neighbors,
+            &request.spare_hardware_address,
+        )?;
     }
     Ok(())
 }

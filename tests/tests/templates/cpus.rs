@@ -1,14 +1,13 @@
 //! Clones of one template with different numbers of CPUs.
 
 use std::fs;
-use std::time::Duration;
 
 use cella_host::hypervisor::kvm::Kvm;
 use cella_host::sandbox::TemplateUse;
 use cella_host::template::{self, Shape};
 
 use super::here::{Here, LIMIT, MEMORY, MEMORY_FLAG, block_on};
-use super::pool::{end, idle, wait_for};
+use super::pool::{end, idle, wait_for_idle};
 
 /// Computes on each of two CPUs at once, and says on which it did: field 39 of a process's stat.
 const ON_EACH: &str = "compute='i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; \
@@ -65,13 +64,10 @@ async fn idle_ones_have_the_cpus_that_were_asked_for(here: &Here) {
     here.host.configure(&lines);
     let image = here.host.busybox();
     here.host.cella(&["run", &image, "true"]).expect_status(0);
-    wait_for("an idle one", || idle(here).len() == 1);
-    // A state is written just before the keeper has it among those to give.
-    std::thread::sleep(Duration::from_millis(200));
+    wait_for_idle("an idle one", || idle(here).len() == 1);
     assert_eq!(claim("two", 2).await, Some(TemplateUse::Claimed));
     assert_eq!(claim("three", 3).await, Some(TemplateUse::Cloned));
-    wait_for("one with three", || idle_with_cpus(here, 3));
-    std::thread::sleep(Duration::from_millis(200));
+    wait_for_idle("one with three", || idle_with_cpus(here, 3));
     assert_eq!(claim("three", 3).await, Some(TemplateUse::Claimed));
     end(here);
 }

@@ -6,7 +6,7 @@ use cella_tests::netns::{MTU, Netns, ip, missing_for_networks_on};
 use cella_tests::skip;
 
 use super::here::{Here, MEMORY, MEMORY_FLAG, block_on};
-use super::pool::{end, idle, keeper, wait_for};
+use super::pool::{end, idle, keeper, wait_for, wait_for_idle};
 
 /// What the guest has, one word each.
 const INTERFACES: &str = "ls /sys/class/net";
@@ -84,9 +84,7 @@ async fn idle_ones_have_it_too(pods: &Pods<'_>, reaches: &str, reached: &str) {
     wait_for("a keeper", || keeper(here).is_some());
     let cloned = pods.run("asks", "true").await;
     assert_eq!(cloned.0, TemplateUse::Cloned);
-    wait_for("an idle one", || idle(here).len() == 1);
-    // A state is written just before the keeper has it among those to give.
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    wait_for_idle("an idle one", || idle(here).len() == 1);
     let claimed = (TemplateUse::Claimed, reached.to_owned());
     assert_eq!(pods.run("claims", reaches).await, claimed);
     end(here);

@@ -37,6 +37,13 @@ pub fn wait_for(what: &str, done: impl Fn() -> bool) {
     }
 }
 
+/// [`wait_for`] idle ones that can be claimed: a state is written just before the keeper has it among those to give.
+#[track_caller]
+pub fn wait_for_idle(what: &str, done: impl Fn() -> bool) {
+    wait_for(what, done);
+    std::thread::sleep(Duration::from_millis(200));
+}
+
 pub fn keeper(here: &Here) -> Option<u32> {
     let run = here.paths.run_dir.to_str().unwrap();
     let found = processes(|line| line.contains("KeepPool") && line.contains(run));
@@ -58,10 +65,8 @@ pub async fn idle_clones_are_claimed_and_replaced(here: &Here) {
     let image = here.host.busybox();
     // Nobody claims what is not there yet; from then on somebody keeps it.
     here.host.cella(&["run", &image, "true"]).expect_status(0);
-    wait_for("two idle ones", || idle(here).len() == 2);
+    wait_for_idle("two idle ones", || idle(here).len() == 2);
     let keeper_pid = keeper(here).unwrap();
-    // A state is written just before the keeper has it among those to give.
-    std::thread::sleep(Duration::from_millis(200));
     let (one, other) = (
         here.sandbox_with("one", |spec| spec.pool = true)
             .await
